@@ -11,18 +11,19 @@ per layer; a diffusion policy reuses the memories in all its denoising steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from vat_fast.config import VATConfig
 from vat_fast.heads import DDIM, MLPHead, timestep_embedding
 from vat_fast.layers import ActionBlock, ActionPosition, Projector, VisionBlock, linear
-from vat_fast.ops import Backend, choose
+from vat_fast.ops import Backend, TorchOps, choose
 
 
 class VATDetails(NamedTuple):
@@ -55,6 +56,9 @@ class VAT(nn.Module):
         self.config = config
         self.backend: Backend = "auto"
         """What computes the layers: "auto", "torch" or "triton"; see `vat_fast.ops.choose`."""
+        self.recompute_layers = False
+        """Training keeps only what enters each layer and runs the layer again in the backward: less memory, more time
+        (activation checkpointing)."""
 
         self.patch_embed = nn.Conv2d(3, D, c.patch_size, stride=c.patch_size)
         self.pos_embed = nn.Parameter(torch.randn(1, c.num_patches, D) * 0.02)
@@ -115,19 +119,9 @@ class VAT(nn.Module):
             x = x[:, c.num_prefix :].reshape(B, -1, c.width)
             return [layer.key_value(layer.norm_vision(x)) for layer in self.action_blocks]
         memories = []
-        for index, (block, layer) in enumerate(zip(self.vision_blocks, self.action_blocks, strict=True)):
-            nx, is_last = block.norm1(x), index == c.layers - 1
-            if c.action_stream == "shared":
-                # Nothing asks for the last layer's vision queries.
-                qkv = linear(nx, block.qkv, slice(c.width, None) if is_last else None)
-                memory = qkv[..., -2 * c.width :].unflatten(0, (B, -1))
-                memories.append((memory[:, -1:] if c.shared_keys == "last_view" else memory).flatten(1, 2))
-            else:
-                memories.append(layer.key_value(nx).unflatten(0, (B, -1)).flatten(1, 2))
-                if not is_last:
-                    qkv = block.qkv(nx)
-            if not is_last:
-                x = block(x, qkv, ops)
+        for index in range(c.layers):
+            memory, x = self._run(self._vision_layer, index, x, B, ops)
+            memories.append(memory)
         return memories
 
     def action_stream(
@@ -165,7 +159,7 @@ class VAT(nn.Module):
         a = torch.cat([a, *extra], dim=1)
         for index, (layer, memory) in enumerate(zip(self.action_blocks, memories, strict=True)):
             vision = None if c.action_stream == "last_layer" else self.vision_blocks[index]
-            a, attention = layer(a, task_BD, memory, vision, ops, need_map=record is not None)
+            a, attention = self._run(layer, a, task_BD, memory, vision, ops, record is not None)
             if record is not None:
                 record.append((a, attention))
         return a[:, : c.num_action_tokens]
@@ -222,6 +216,11 @@ class VAT(nn.Module):
         Raises:
             ValueError: a missing entry or a shape that does not fit.
         """
+        prediction, target = self.predict(batch, generator)
+        return (F.l1_loss if self.config.head == "l1" else F.mse_loss)(prediction, target)
+
+    def predict(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """What `loss` compares, (B, C, A) both: prediction and target; actions, or noise with the diffusion head."""
         for name in ("pixels", "actions"):
             if name not in batch:
                 raise ValueError(f"batch has no {name!r}; it has {', '.join(batch)}")
@@ -234,13 +233,12 @@ class VAT(nn.Module):
             )
         memories = self.vision_stream(pixels)
         if c.head == "l1":
-            return F.l1_loss(self.head(self.action_stream(memories, task_BD, proprio_BE)), actions)
+            return self.head(self.action_stream(memories, task_BD, proprio_BE)), actions
         device = actions.device
         noise = torch.randn(actions.shape, dtype=actions.dtype, device=device, generator=generator)
         timestep_B = torch.randint(c.diffusion_steps, (len(actions),), device=device, generator=generator)
         noisy = self.ddim.add_noise(actions, noise, timestep_B)
-        tokens = self.action_stream(memories, task_BD, proprio_BE, noisy, timestep_B)
-        return F.mse_loss(self.head(tokens), noise)
+        return self.head(self.action_stream(memories, task_BD, proprio_BE, noisy, timestep_B)), noise
 
     # Weights in and out; the work is in checkpoint.py, released.py and timm_weights.py.
 
@@ -274,6 +272,27 @@ class VAT(nn.Module):
         return vat_from_timm(name, pretrained, overrides)
 
     # Helpers.
+
+    def _run(self, layer: Callable[..., tuple[Tensor, Any]], *inputs: Any) -> tuple[Tensor, Any]:
+        """`layer(*inputs)`; its activations are computed again in the backward where `recompute_layers` is set."""
+        if self.recompute_layers and torch.is_grad_enabled():
+            # Nothing in a layer is random.
+            return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return layer(*inputs)
+
+    def _vision_layer(self, index: int, x_NPD: Tensor, B: int, ops: type[TorchOps]) -> tuple[Tensor, Tensor]:
+        """Layer `index` of the vision stream: its memory for the action stream, and what the next layer reads."""
+        c, block, is_last = self.config, self.vision_blocks[index], index == self.config.layers - 1
+        nx = block.norm1(x_NPD)
+        if c.action_stream == "shared":
+            # Nothing asks for the last layer's vision queries.
+            qkv = linear(nx, block.qkv, slice(c.width, None) if is_last else None)
+            memory = qkv[..., -2 * c.width :].unflatten(0, (B, -1))
+            memory = (memory[:, -1:] if c.shared_keys == "last_view" else memory).flatten(1, 2)
+        else:
+            memory = self.action_blocks[index].key_value(nx).unflatten(0, (B, -1)).flatten(1, 2)
+            qkv = None if is_last else block.qkv(nx)
+        return memory, x_NPD if is_last else block(x_NPD, qkv, ops)
 
     def _embed(self, pixels_N3HW: Tensor) -> Tensor:
         """Patches with positions behind class and register tokens, (N, prefix + P, D)."""

@@ -1,0 +1,68 @@
+"""What DeepSpeed wraps: a VAT whose call is its training loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vat_fast.model import VAT
+
+
+class Outcome(NamedTuple):
+    """One forward of the training model; everything in float32."""
+
+    loss: Tensor
+    """Scalar, with its graph."""
+    prediction: Tensor
+    """(B, C, A), detached: normalised actions, or noise with the diffusion head."""
+    target: Tensor
+    """(B, C, A), what the prediction is compared with."""
+
+
+class TrainingModel(nn.Module):
+    """A VAT as DeepSpeed trains it; `engine.module.vat` is the VAT, whose parameter names the checkpoints keep.
+
+    Args:
+        vat: the model.
+        autocast: dtype in which products run while the parameters stay float32; None for the parameters' own dtype.
+    """
+
+    def __init__(self, vat: VAT, autocast: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.vat = vat
+        self.autocast = autocast
+
+    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Outcome:
+        """Loss, prediction and target of one batch.
+
+        Args:
+            batch: what `VAT.loss` takes; floats are cast to the parameters' dtype here.
+            generator: of noise and timesteps (diffusion head).
+        """
+        vat = self.vat
+        inputs = self._cast(batch)
+        device = inputs["pixels"].device.type
+        with torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
+            prediction, target = vat.predict(inputs, generator)
+        # The loss in float32, against the targets as they were before any cast (noise has no other form).
+        prediction = prediction.float()
+        target = batch["actions"].float() if vat.config.head == "l1" else target.float()
+        loss = (F.l1_loss if vat.config.head == "l1" else F.mse_loss)(prediction, target)
+        return Outcome(loss, prediction.detach(), target)
+
+    def act(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+        """Normalised actions (B, C, A), float32, as a policy predicts them; a diffusion head denoises."""
+        inputs = self._cast(batch)
+        pixels = inputs["pixels"]
+        with torch.autocast(
+            pixels.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
+        ):
+            return self.vat(pixels, inputs.get("task_id"), inputs.get("proprio"), generator).float()
+
+    def _cast(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        dtype = self.vat.pos_embed.dtype
+        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}

@@ -1,0 +1,32 @@
+"""What a plan is made for: an executor, a precision, and the form of the images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Executor = Literal["torch", "openvino", "triton"]
+Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """executor: who runs the plan. dtype: "int8" and "fp8" quantise matrix products and keep the rest in `compute`.
+
+    images: "float" is VAT's own signature, normalised (B, V, 3, H, W); "uint8" takes (B, V, H, W, 3) bytes and needs
+    `mean` and `std` per channel. arch: compute capability or AMD target whose kernel configurations apply (Triton).
+    """
+
+    executor: Executor = "torch"
+    dtype: Precision = "fp32"
+    images: Literal["float", "uint8"] = "float"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    arch: int | str = 90
+
+    @property
+    def compute(self) -> str:
+        """The dtype of activations and of everything that is not quantised."""
+        if self.dtype in ("int8", "fp8"):
+            return "bf16"
+        return self.dtype

@@ -36,33 +36,26 @@ class TrainingModel(nn.Module):
         self.vat = vat
         self.autocast = autocast
 
-    def forward(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Outcome:
+    def forward(
+        self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None, act: bool = False
+    ) -> Outcome:
         """Loss, prediction and target of one batch.
 
         Args:
             batch: what `VAT.loss` takes; floats are cast to the parameters' dtype here.
             generator: of noise and timesteps (diffusion head).
+            act: predict actions as a policy does, for which a diffusion head denoises; the loss is then their L1.
         """
-        vat = self.vat
-        inputs = self._cast(batch)
+        vat, dtype = self.vat, self.vat.pos_embed.dtype
+        inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
         device = inputs["pixels"].device.type
         with torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
-            prediction, target = vat.predict(inputs, generator)
-        # The loss in float32, against the targets as they were before any cast (noise has no other form).
-        prediction = prediction.float()
-        target = batch["actions"].float() if vat.config.head == "l1" else target.float()
-        loss = (F.l1_loss if vat.config.head == "l1" else F.mse_loss)(prediction, target)
+            if act:
+                prediction = vat(inputs["pixels"], inputs.get("task_id"), inputs.get("proprio"), generator)
+            else:
+                prediction, target = vat.predict(inputs, generator)
+        # The loss is float32's, against actions as they were before any cast; noise is drawn in the parameters' dtype.
+        is_action = act or vat.config.head == "l1"
+        prediction, target = prediction.float(), (batch["actions"] if is_action else target).float()
+        loss = F.l1_loss(prediction, target) if is_action else F.mse_loss(prediction, target)
         return Outcome(loss, prediction.detach(), target)
-
-    def act(self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
-        """Normalised actions (B, C, A), float32, as a policy predicts them; a diffusion head denoises."""
-        inputs = self._cast(batch)
-        pixels = inputs["pixels"]
-        with torch.autocast(
-            pixels.device.type, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None
-        ):
-            return self.vat(pixels, inputs.get("task_id"), inputs.get("proprio"), generator).float()
-
-    def _cast(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        dtype = self.vat.pos_embed.dtype
-        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}

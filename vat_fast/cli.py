@@ -204,35 +204,9 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _add_explain(commands: Commands) -> None:
-    p = commands.add_parser("explain", help="what a model is made of and what it costs")
-    p.add_argument("--preset", choices=PRESETS, default="siglip2-so400m")
-    p.add_argument("--checkpoint", help="explain the model of this folder or Hub id instead")
-    p.add_argument("--views", type=int, help="camera views (default: the preset's 2)")
-    p.add_argument("--params", action="store_true", help="the parameter table")
-    p.set_defaults(run=_explain)
+    from vat_fast.explain_cli import add_command
 
-
-def _explain(args: argparse.Namespace) -> None:
-    from vat_fast.cost import forward_cost
-    from vat_fast.parameters import format_parameter_table
-
-    if args.checkpoint is not None:
-        from vat_fast.checkpoint import load_model
-
-        config = load_model(args.checkpoint).config
-    else:
-        config = VATConfig.from_preset(args.preset)
-    if args.views is not None:
-        config = config.replace(num_views=args.views)
-    cost = forward_cost(config)
-    print(f"{config.preset}: {config.layers} layers, D {config.width}, {config.num_views} views of ", end="")
-    print(f"{config.tokens_per_view} tokens, {config.num_action_tokens} action tokens")
-    parts = ("patch_embed", "vision", "film", "action", "head")
-    print("GFLOP a forward: " + ", ".join(f"{part} {getattr(cost, part) / 1e9:,.1f}" for part in parts), end="")
-    print(f"; total {cost.total / 1e9:,.1f}")
-    if args.params:
-        print()
-        print(format_parameter_table(config))
+    add_command(commands)
 
 
 def _add_data(commands: Commands) -> None:

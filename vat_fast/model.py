@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from vat_fast.config import VATConfig
 from vat_fast.heads import DDIM, MLPHead, timestep_embedding
 from vat_fast.layers import ActionBlock, ActionPosition, Projector, VisionBlock, linear
 from vat_fast.ops import Backend, TorchOps, choose
+
+if TYPE_CHECKING:
+    from vat_fast.frozen.engine import FrozenVAT
 
 
 class VATDetails(NamedTuple):
@@ -239,6 +242,24 @@ class VAT(nn.Module):
         timestep_B = torch.randint(c.diffusion_steps, (len(actions),), device=device, generator=generator)
         noisy = self.ddim.add_noise(actions, noise, timestep_B)
         return self.head(self.action_stream(memories, task_BD, proprio_BE, noisy, timestep_B)), noise
+
+    # The frozen policy; the work is in frozen/.
+
+    def freeze(self, **options: Any) -> FrozenVAT:
+        """This model as the fastest policy step for a device, same call signature; see `frozen.engine.FrozenVAT`.
+
+            frozen = vat.freeze(batch=1, dtype="bf16", device="cuda")
+            print(frozen.explain())
+
+        Args:
+            options: batch, views, dtype, device, executor, images, without, ...: see `FrozenVAT`.
+
+        Raises:
+            ValueError: an option that cannot be, in one sentence.
+        """
+        from vat_fast.frozen.engine import FrozenVAT
+
+        return FrozenVAT(self, **options)
 
     # Weights in and out; the work is in checkpoint.py, released.py and timm_weights.py.
 

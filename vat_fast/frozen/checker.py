@@ -171,5 +171,6 @@ def _lost(
                     yield f"{thief.name} writes {taker} into memory of {held}, which {reader.name} still reads"
                     return
             if not clear and not before(writer.name, thief.name):
-                yield f"{thief.name} writes {taker} and {writer.name} writes {held} into the same memory, in no certain order"
+                both = f"{thief.name} writes {taker} and {writer.name} writes {held}"
+                yield f"{both} into the same memory, in no certain order"
                 return

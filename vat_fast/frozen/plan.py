@@ -123,7 +123,7 @@ class Step:
 
 
 OPS: dict[str, str] = {
-    "patch_embed": "x = patches(pixels) W + b + position, behind prefix tokens; pixels float (B,V,3,H,W) or uint8 (B,V,H,W,3)",
+    "patch_embed": "x = patches(pixels) W + b + position behind prefix tokens; float (B,V,3,H,W) or uint8 (B,V,H,W,3)",
     "norm": "y = (x - mean) / sqrt(var + eps) [* weight + bias]; `group` tokens make one row",
     "linear": "y = residual + scale * act(x W^T + b), W's rows `rows`; with `norm`, x is normalised first",
     "activation": "y = act(x)",

@@ -65,6 +65,7 @@ class TorchExecutor:
         self.tensors = allocate(plan, constants, device)
         self._steps = [self._bind(step) for step in plan.steps]
         self._loop = [self._bind(step) for step in plan.loop]
+        self._round = 0
         if plan.loop:
             self._sampler = DDIM(plan.repeats)
 
@@ -76,6 +77,7 @@ class TorchExecutor:
         for step in self._steps:
             step()
         for t in reversed(range(self.plan.repeats)):
+            self._round = t  # also on the host: its coefficients are numbers there
             self.tensors["timestep"].fill_(t)
             for step in self._loop:
                 step()
@@ -171,8 +173,7 @@ class TorchExecutor:
         return x["x"].unflatten(1, (step.options["views"], -1))[:, :, step.options["prefix"] :].flatten(1, 2)
 
     def _ddim(self, step: Step, x: dict[str, Tensor], w: dict[str, Tensor]) -> Tensor:
-        t = int(x["timestep"][0])
-        return self._sampler.step(x["noise"].float(), t, x["sample"])
+        return self._sampler.step(x["noise"].float(), self._round, x["sample"])
 
 
 def _activate(x: Tensor, kind: str) -> Tensor:

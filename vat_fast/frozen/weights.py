@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
 
+from vat_fast.frozen.costs import in_triton
 from vat_fast.frozen.plan import Plan
 from vat_fast.frozen.recipes import Recipe, evaluate
 
 
 def materialise(
-    plan: Plan, state: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+    plan: Plan,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    wide: Collection[str] = (),
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(weights by name, constant buffers by name) of a plan, computed in float64 and rounded once.
+    """(weights by name, constant buffers by name) of a plan, computed in float64 and rounded once to `dtype`.
+
+    Weights named in `wide` are rounded to float32 instead.
 
     Raises:
         ValueError: the plan reads a parameter that the model does not hold.
     """
 
-    def compute(recipe: Recipe) -> Tensor:
+    def compute(recipe: Recipe, dtype: torch.dtype = dtype) -> Tensor:
         try:
             return evaluate(recipe, state).detach().to(device, dtype).contiguous()
         except KeyError as error:
@@ -29,6 +36,22 @@ def materialise(
                 "leave the pass drop_dead_layer on"
             ) from error
 
-    weights = {name: compute(weight.recipe) for name, weight in plan.weights.items()}
+    weights = {
+        name: compute(weight.recipe, torch.float32 if name in wide else dtype) for name, weight in plan.weights.items()
+    }
     constants = {name: compute(buffer.recipe) for name, buffer in plan.buffers.items() if buffer.recipe is not None}
     return weights, constants
+
+
+def vectors(plan: Plan) -> set[str]:
+    """Names of the weights that the kernels read in float32: biases, norms and what patch embedding is packed from."""
+    patches = {name for step in plan.steps if step.op == "patch_embed" for name in step.weights.values()}
+    packed = patches if any("mean" in step.options for step in plan.steps) else set[str]()
+    beside = {
+        name
+        for step in plan.all_steps
+        if step.op in ("linear", "norm") and in_triton(step.op, step.options)
+        for role, name in step.weights.items()
+        if plan.weights[name].kind == "vector"
+    }
+    return packed | beside

@@ -40,16 +40,16 @@ PASSES: tuple[Pass, ...] = (
         "fuse_epilogues", fuse_epilogues, "activation and residual inside the linear before them, FiLM inside the norm"
     ),
     Pass(
-        "fuse_norms",
-        fuse_norms,
-        "norms and FiLM inside the linears around them, by row statistics",
-        lambda target: target.executor == "triton",
-    ),
-    Pass(
         "uint8_input",
         uint8_input,
         "raw camera bytes in; crop and normalisation inside patch embedding",
         lambda target: target.images == "uint8",
+    ),
+    Pass(
+        "fuse_norms",
+        fuse_norms,
+        "norms and FiLM inside the linears around them, by row statistics",
+        lambda target: target.executor == "triton",
     ),
     Pass(
         "quantise",

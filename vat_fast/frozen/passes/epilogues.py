@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from vat_fast.frozen.costs import in_triton
 from vat_fast.frozen.passes.rewrite import only_reader, whole
 from vat_fast.frozen.plan import Access, Buffer, Plan, Step
 from vat_fast.frozen.target import Target
@@ -76,6 +77,8 @@ def fuse_norms(plan: Plan, target: Target) -> Plan:
         if not all(reader.op == "linear" for reader in after) or (film and before[0].op != "linear"):
             continue
         source = current(before[0])
+        if not in_triton(source.op, source.options):
+            continue  # PyTorch's operators leave no statistics
         outputs, inputs, weights = dict(source.outputs), dict(source.inputs), dict(source.weights)
         read = x.buffer
         if film:

@@ -1,0 +1,223 @@
+"""FrozenVAT: a trained VAT as the fastest policy step a device allows, with the plan that says why."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from vat_fast.config import VATConfig
+from vat_fast.frozen.build import base_plan
+from vat_fast.frozen.checker import check
+from vat_fast.frozen.memory import reuse_buffers
+from vat_fast.frozen.passes import check_names, run_passes
+from vat_fast.frozen.plan import Plan
+from vat_fast.frozen.streams import one_stream, split_streams
+from vat_fast.frozen.target import Executor, Precision, Target
+
+if TYPE_CHECKING:
+    from vat_fast.model import VAT
+
+
+class Runner(Protocol):
+    """What an executor is to the engine: a plan bound to weights and memory."""
+
+    plan: Plan
+
+    def run(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Actions (B, C, A) for the plan's inputs; may be overwritten by the next run."""
+        ...
+
+
+class FrozenVAT:
+    """Made by `VAT.freeze`; called like a VAT.
+
+        frozen = vat.freeze(batch=1, dtype="bf16")
+        actions = frozen(pixels, task_id)           # (B, C, A), normalised
+        print(frozen.explain())
+
+    Weights are folded once and shared by the plans of all batch sizes. A call with another number of samples runs in
+    pieces of the sizes there are, largest first, so a sample's result depends on the pieces only through rounding; with
+    `batch=1` alone it does not depend on the other samples at all.
+
+    Args:
+        vat: the trained model; it is not kept.
+        batch: batch sizes to make plans for; 1 is always among them.
+        views: camera views; None: as the model was configured.
+        dtype: "fp32", "bf16", "fp16", "int8" or "fp8".
+        device: where to run.
+        executor: who runs the plan; None: the fastest for the device (see `default_executor`).
+        images: "float" for VAT's own signature, "uint8" for raw images (B, V, H, W, 3), with `mean` and `std`.
+        without: names of passes to leave out.
+
+    Raises:
+        ValueError: something that cannot be, in one sentence.
+    """
+
+    def __init__(
+        self,
+        vat: VAT,
+        *,
+        batch: int | Sequence[int] = 1,
+        views: int | None = None,
+        dtype: Precision = "fp32",
+        device: str | torch.device = "cpu",
+        executor: Executor | None = None,
+        images: str = "float",
+        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
+        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        without: Collection[str] = (),
+    ) -> None:
+        self.config: VATConfig = vat.config if views is None else vat.config.replace(num_views=views)
+        self.device = torch.device(device)
+        sizes = sorted({1, *([batch] if isinstance(batch, int) else batch)}, reverse=True)
+        if sizes[-1] < 1:
+            raise ValueError(f"batch sizes must be at least 1, got {batch}")
+        if images not in ("float", "uint8"):
+            raise ValueError(f'images must be "float" or "uint8", got {images!r}')
+        self.target = Target(
+            executor=executor or default_executor(self.device, dtype),
+            dtype=dtype,
+            images=images,  # type: ignore[arg-type]
+            mean=mean,
+            std=std,
+            arch=_arch(self.device),
+        )
+        plans = {B: make_plan(self.config, B, self.target, without) for B in sizes}
+        self.plans: dict[int, Plan] = plans
+        self._runners = _bind(vat, plans, self.target, self.device)
+
+    def __call__(
+        self,
+        pixels: Tensor,
+        task_id: Tensor | int | None = None,
+        proprio: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Normalised actions (B, C, A), float32; arguments as `VAT.forward`, or uint8 images (B, V, H, W, 3).
+
+        Raises:
+            ValueError: an input of another shape than the configuration's, or missing.
+        """
+        inputs = self._check(pixels, task_id, proprio)
+        B, c = len(inputs["pixels"]), self.config
+        if c.head == "diffusion":
+            shape = (B, c.chunk_size, c.action_dim)
+            inputs["sample"] = torch.randn(shape, device=self.device, generator=generator)
+        parts, done = [], 0
+        while done < B:
+            size = next(size for size in self._runners if size <= B - done)
+            piece = {name: value[done : done + size] for name, value in inputs.items()}
+            parts.append(self._runners[size].run(piece).to(torch.float32, copy=True))
+            done += size
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of one sample."""
+        return self.plans[1]
+
+    def explain(self, batch: int = 1, device: str | None = None) -> str:
+        """Every step with its cost, the passes with what each saved, and the bounds; see `explain.Explanation`."""
+        from vat_fast.frozen.explain import explain
+
+        return explain(self.config, self.target, batch=batch, device=device).text()
+
+    def _check(self, pixels: Tensor, task_id: Tensor | int | None, proprio: Tensor | None) -> dict[str, Tensor]:
+        c = self.config
+        S = c.image_size
+        if self.target.images == "uint8":
+            if pixels.dtype != torch.uint8 or pixels.ndim != 5 or pixels.shape[1:] != (c.num_views, S, S, 3):
+                raise ValueError(
+                    f"images must be uint8 (batch, {c.num_views}, {S}, {S}, 3), got {pixels.dtype} "
+                    f"{tuple(pixels.shape)}; "
+                    'freeze with images="float" for normalised pixels'
+                )
+        else:
+            if pixels.ndim == 4 and pixels.shape[1] == 3 * c.num_views:
+                pixels = pixels.unflatten(1, (c.num_views, 3))
+            if pixels.ndim != 5 or pixels.shape[1:] != (c.num_views, 3, S, S):
+                raise ValueError(
+                    f"pixels must be (batch, {c.num_views}, 3, {S}, {S}) or (batch, {3 * c.num_views}, {S}, {S}), "
+                    f"got {tuple(pixels.shape)}"
+                )
+        B = len(pixels)
+        inputs = {"pixels": pixels.to(self.device)}
+        if c.task_conditioning != "none":
+            if task_id is None:
+                raise ValueError(f"task_id is missing: this model is conditioned on one of {c.num_tasks} tasks")
+            ids = torch.as_tensor(task_id, device=self.device).long()
+            ids = ids.expand(B) if ids.ndim == 0 else ids
+            if ids.shape != (B,):
+                raise ValueError(f"task_id must be one integer or ({B},), got shape {tuple(ids.shape)}")
+            if not self.device.type == "cuda" and not 0 <= int(ids.min()) <= int(ids.max()) < c.num_tasks:
+                raise ValueError(f"task ids must be 0 to {c.num_tasks - 1}, got {ids.tolist()}")
+            inputs["task_id"] = ids
+        if c.proprio_dim:
+            if proprio is None or proprio.shape != (B, c.proprio_dim):
+                got = "none" if proprio is None else f"shape {tuple(proprio.shape)}"
+                raise ValueError(f"proprio must be ({B}, {c.proprio_dim}), got {got}")
+            inputs["proprio"] = proprio.to(self.device)
+        elif proprio is not None:
+            raise ValueError("this model reads no proprio (proprio_dim is 0), but proprio was given")
+        return inputs
+
+
+def default_executor(device: torch.device, dtype: str) -> Executor:
+    """The fastest executor for a device: Triton's kernels on CUDA and ROCm, oneDNN's on CPUs, PyTorch elsewhere."""
+    if device.type == "cuda":
+        return "triton"
+    return "torch"
+
+
+def make_plan(config: VATConfig, batch: int, target: Target, without: Collection[str] = ()) -> Plan:
+    """The plan for a target, its passes run, scheduled and proven.
+
+    Raises:
+        ValueError: unknown pass names.
+    """
+    check_names(without)
+    plan = base_plan(config, batch, target.compute)
+    history = run_passes(plan, target, without)
+    return schedule(history[-1][1] if history else plan, target, without)
+
+
+def schedule(plan: Plan, target: Target, without: Collection[str] = ()) -> Plan:
+    """Streams and memory for a plan, checked."""
+    two_streams = target.executor == "triton" and "split_streams" not in without
+    plan = split_streams(plan) if two_streams else one_stream(plan)
+    if "reuse_buffers" not in without:
+        plan = reuse_buffers(plan)
+    check(plan)
+    return plan
+
+
+def _arch(device: torch.device) -> int | str:
+    if device.type != "cuda":
+        return Target.arch
+    from vat_fast.kernels.configs import current_arch
+
+    return current_arch()
+
+
+def _bind(vat: VAT, plans: dict[int, Plan], target: Target, device: torch.device) -> dict[int, Runner]:
+    """An executor per plan, over one set of weights."""
+    from vat_fast.frozen.torch_executor import DTYPES, TorchExecutor
+    from vat_fast.frozen.weights import materialise, vectors
+
+    if target.dtype in ("int8", "fp8"):
+        raise ValueError(f"the {target.executor} executor has no {target.dtype}; use fp32, bf16 or fp16")
+    state, dtype, largest = vat.state_dict(), DTYPES[target.compute], plans[max(plans)]
+    kind: type[TorchExecutor] = TorchExecutor
+    wide: set[str] = set()
+    if target.executor == "triton":
+        from vat_fast.frozen.triton_executor import TritonExecutor
+
+        kind, wide = TritonExecutor, vectors(largest)
+    weights, _ = materialise(largest, state, dtype, device, wide)
+    return {
+        B: kind(plan, weights, materialise(plan.replace(weights={}), state, dtype, device)[1], device)
+        for B, plan in plans.items()
+    }

@@ -8,7 +8,8 @@
     validate:  what is measured on held-out episodes
     checkpoint: what is kept
 
-`train/configs/` has commented files. `--set train.lr=1e-4` changes one key.
+`train/configs/` has commented files. A file may start from another one, `base: other.yaml`, whose keys count where it
+has none of its own. `--set train.lr=1e-4` changes one key.
 """
 
 from __future__ import annotations
@@ -178,13 +179,13 @@ class ValidateSection:
     """What is measured on held-out episodes.
 
     every: steps between two validations; the last step has one too. None: none.
-    batches: per rank at most; None: all held-out samples.
+    samples: held-out samples per dataset at most, evenly spread; None: all.
     batch: samples per rank and forward; None: the training's micro batch.
     rollout: LIBERO episodes in simulation at every validation, the arguments of `vat_fast.rollout`; null: none.
     """
 
     every: int | None = 1000
-    batches: int | None = None
+    samples: int | None = 2048
     batch: int | None = None
     rollout: dict[str, Any] | None = None
 
@@ -286,12 +287,7 @@ def load_config(path: str | Path, changes: Sequence[str] = ()) -> Config:
         ConfigError: not YAML, an unknown key, a value of the wrong type or one that cannot be.
         FileNotFoundError: no such file.
     """
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold sections such as model, data and train, got {type(values).__name__}")
+    values = _read(Path(path))
     for change in changes:
         _set(values, change)
     try:
@@ -325,6 +321,27 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d[\d_]*\.?\d*([eE][-+]?\d+)|\d[\d_]*\.\d*|\.\d+([eE][-+]?\d+)?|\.inf|\.nan)$"),
     list("-+0123456789."),
 )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A YAML file, on top of the one it names as its `base`."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold sections such as model, data and train, got {type(values).__name__}")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base must be the name of another file, got {base!r}")
+    below = _read(path.parent / base)
+    for name, value in values.items():
+        # Sections are merged key by key, everything below them is replaced.
+        both = isinstance(value, dict) and isinstance(below.get(name), dict)
+        below[name] = {**below[name], **value} if both else value
+    return below
 
 
 def _set(values: dict[str, Any], change: str) -> None:
@@ -399,7 +416,7 @@ def _check(config: Config) -> None:
         "zero.bucket": z.bucket,
         "log.every": c.log.every,
         "validate.every": v.every,
-        "validate.batches": v.batches,
+        "validate.samples": v.samples,
         "validate.batch": v.batch,
         "checkpoint.every": k.every,
         "checkpoint.keep_last": k.keep_last,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vat_fast.actions import Statistics
 from vat_fast.config import ConfigError, VATConfig
 from vat_fast.observation import LIBERO_CAMERAS
@@ -29,15 +31,15 @@ class RunData:
     """What a run trains on.
 
     train: endless batches of this rank.
-    validation: of the held-out episodes, each sample once, with the images a policy sees; None without any.
+    validation: dataset name -> its held-out episodes, each sample once, with the images a policy sees.
     policy: of the exported policy.
-    statistics: of each dataset; the first is what the exported policy acts with.
+    statistics: dataset name -> its statistics; the first are what the exported policy acts with.
     """
 
     train: DemonstrationLoader
-    validation: DemonstrationLoader | None
+    validation: dict[str, DemonstrationLoader]
     policy: PolicyConfig
-    statistics: list[Statistics]
+    statistics: dict[str, Statistics]
 
 
 def prepare_paths(config: Config, is_first: bool, poll_seconds: float = 1.0) -> list[Path]:
@@ -79,12 +81,13 @@ def open_data(config: Config, model: VATConfig, paths: Sequence[Path], rank: int
     datasets = [PackedDataset(path) for path in paths]
     cameras = d.cameras or list(datasets[0].cameras)[: model.num_views]
     _check_fit(model, datasets, cameras)
-    training, validation = [], []
+    training: list[Samples] = []
+    validation: dict[str, Samples] = {}
     for data in datasets:
         out = held_out([entry.name for entry in data.episodes], d.holdout, config.seed)
         training.append(Samples(data, model.chunk_size, cameras, ~out))
-        if out.any():
-            validation.append(Samples(data, model.chunk_size, cameras, out))
+        if out.any() and config.validate.every is not None:
+            validation[data.name] = thinned(Samples(data, model.chunk_size, cameras, out), config.validate.samples)
     common: dict[str, Any] = {
         "image_size": model.image_size,
         "seed": config.seed,
@@ -104,12 +107,23 @@ def open_data(config: Config, model: VATConfig, paths: Sequence[Path], rank: int
         weights=d.weights,
         **common,
     )
-    held = None
-    if validation and config.validate.every is not None:
-        size = config.validate.batch or config.micro_batch
-        held = DemonstrationLoader(validation, size, shuffle=False, drop_last=False, **common)
+    size = config.validate.batch or config.micro_batch
+    # Workers of its own only while it runs; one is enough to keep up without augmentation.
+    common["workers"] = min(d.workers, 1)
+    held = {
+        name: DemonstrationLoader([samples], size, shuffle=False, drop_last=False, **common)
+        for name, samples in validation.items()
+    }
     policy = policy_config(config, model, datasets, cameras)
-    return RunData(train, held, policy, [data.statistics for data in datasets])
+    return RunData(train, held, policy, {data.name: data.statistics for data in datasets})
+
+
+def thinned(samples: Samples, most: int | None) -> Samples:
+    """At most so many of the samples, evenly spread over the episodes; changes `samples`."""
+    if most is not None and len(samples) > most:
+        chosen = np.linspace(0, len(samples) - 1, most).round().astype(np.int64)
+        samples.steps, samples.task_id = samples.steps[chosen], samples.task_id[chosen]
+    return samples
 
 
 def policy_config(
@@ -149,6 +163,10 @@ def _check_fit(model: VATConfig, datasets: Sequence[PackedDataset], cameras: Seq
             f"the model sees {model.num_views} views, {datasets[0].path} gives {len(cameras)} ({', '.join(cameras)}): "
             "set model.options.num_views or data.cameras"
         )
+    names = [data.name for data in datasets]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two datasets are called {name!r}; pack one of them under another name (pack: name)")
     for data in datasets:
         width = data.actions.shape[1]
         if width != model.action_dim:

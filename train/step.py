@@ -42,12 +42,15 @@ class TrainingModel(nn.Module):
         """Loss, prediction and target of one batch.
 
         Args:
-            batch: what `VAT.loss` takes; floats are cast to the parameters' dtype here.
+            batch: what `VAT.loss` takes; floats are cast to the parameters' dtype here. Proprioception that the
+                model does not read may be there.
             generator: of noise and timesteps (diffusion head).
             act: predict actions as a policy does, for which a diffusion head denoises; the loss is then their L1.
         """
         vat, dtype = self.vat, self.vat.pos_embed.dtype
         inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
+        if not vat.config.proprio_dim:
+            inputs.pop("proprio", None)
         device = inputs["pixels"].device.type
         with torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
             if act:

@@ -25,19 +25,19 @@ class Validation:
 
     samples: how many.
     loss: the training loss over them: L1, or the mean squared error of the noise.
-    l1_CA: mean |predicted - recorded action| for each step of the chunk and each dimension, normalised, float64.
-    robot_l1_CA: the same in the robot's units.
+    l1_table: mean |predicted - recorded action| for each step of the chunk and each dimension, normalised, float64.
+    robot_l1_table: the same in the robot's units.
     """
 
     samples: int
     loss: float
-    l1_CA: Tensor
-    robot_l1_CA: Tensor
+    l1_table: Tensor
+    robot_l1_table: Tensor
 
     @property
     def l1(self) -> float:
-        """Mean of `l1_CA`."""
-        return float(self.l1_CA.mean())
+        """Mean of `l1_table`."""
+        return float(self.l1_table.mean())
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain numbers: means, per dimension and per step of the chunk."""
@@ -45,9 +45,9 @@ class Validation:
             "samples": self.samples,
             "loss": self.loss,
             "l1": self.l1,
-            "l1_per_dimension": self.l1_CA.mean(0).tolist(),
-            "l1_per_step": self.l1_CA.mean(1).tolist(),
-            "robot_l1_per_dimension": self.robot_l1_CA.mean(0).tolist(),
+            "l1_per_dimension": self.l1_table.mean(0).tolist(),
+            "l1_per_step": self.l1_table.mean(1).tolist(),
+            "robot_l1_per_dimension": self.robot_l1_table.mean(0).tolist(),
         }
 
 
@@ -72,7 +72,7 @@ def validate(
     """
     generator = torch.Generator(device)
     sums: dict[str, Tensor] = {}
-    with torch.inference_mode():
+    with torch.no_grad():
         for index, batch in enumerate(loader):
             valid = batch["valid"].to(device)
             inputs = loader.prepare(batch, device)
@@ -90,8 +90,8 @@ def validate(
         for value in sums.values():
             dist.all_reduce(value)
     count = sums["count"].item()
-    l1_CA = (sums["l1"] / count).cpu()
-    return Validation(round(count), sums["loss"].item() / count, l1_CA, l1_CA * units(statistics))
+    l1_table = (sums["l1"] / count).cpu()
+    return Validation(round(count), sums["loss"].item() / count, l1_table, l1_table * units(statistics))
 
 
 def units(statistics: Statistics) -> Tensor:

@@ -9,12 +9,17 @@ from pathlib import Path
 
 def write_text(path: str | Path, text: str) -> None:
     """Replace the file `path` by `text` (UTF-8) in one step, creating its folder if need be."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Replace the file `path` by `content` in one step, creating its folder if need be."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         # mkstemp makes files private; a saved policy is as readable as any other file.
         umask = os.umask(0)
         os.umask(umask)

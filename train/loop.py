@@ -1,0 +1,113 @@
+"""The training loop: batches in, optimiser steps, numbers, validation and checkpoints out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vat_fast.model import VAT
+from vat_fast.train.build import build_engine, set_learning_rate
+from vat_fast.train.config import Config
+from vat_fast.train.data.loader import DemonstrationLoader
+from vat_fast.train.parameter_groups import parameter_groups
+from vat_fast.train.schedule import learning_rate
+from vat_fast.train.step import Outcome
+
+
+@dataclass
+class StepResult:
+    """One optimiser step on this rank.
+
+    loss: mean over the step's forwards, detached.
+    outcomes: of each forward, for the metrics.
+    lr: the learning rate.
+    grad_norm: of the whole gradient before clipping; None where DeepSpeed does not compute it.
+    samples: of this rank.
+    seconds: time in `data`, `forward`, `backward` and `step`.
+    """
+
+    loss: Tensor
+    outcomes: list[Outcome]
+    lr: float
+    grad_norm: float | None
+    samples: int
+    seconds: dict[str, float]
+
+
+class Trainer:
+    """A model in its engine, and how it takes one optimiser step; `run.py` surrounds it with a whole run.
+
+    Args:
+        config: resolved.
+        vat: what trains; it becomes part of the engine.
+        total: optimiser steps of the run, for the schedule.
+        device: of this rank.
+        rank: of this process; keys a diffusion head's noise.
+    """
+
+    def __init__(self, config: Config, vat: VAT, total: int, device: torch.device, rank: int) -> None:
+        self.config, self.vat, self.total = config, vat, total
+        self.device, self.rank = device, rank
+        self.step = 0
+        """Optimiser steps done."""
+        self.engine = build_engine(config, vat, parameter_groups(vat, config.train))
+        self._generator = torch.Generator(device)
+
+    def train_step(self, loader: DemonstrationLoader) -> StepResult:
+        """One optimiser step on the next batches of `loader`."""
+        t, engine = self.config.train, self.engine
+        lr = learning_rate(self.step, self.total, t.lr, t.warmup, t.final_lr)
+        set_learning_rate(engine.optimizer, lr)
+        clock = Clock(self.device)
+        outcomes, samples = [], 0
+        for micro in range(self.config.accumulation):
+            batch = loader.prepare(next(loader), self.device)
+            clock.lap("data")
+            outcome: Outcome = engine(batch, self.noise(micro))
+            clock.lap("forward")
+            engine.backward(outcome.loss)
+            clock.lap("backward")
+            engine.step()
+            clock.lap("step")
+            outcomes.append(Outcome(outcome.loss.detach(), outcome.prediction, outcome.target))
+            samples += len(batch["actions"])
+        self.step += 1
+        norm = engine.get_global_grad_norm()
+        loss = torch.stack([outcome.loss for outcome in outcomes]).mean()
+        return StepResult(loss, outcomes, lr, None if norm is None else float(norm), samples, clock.seconds)
+
+    def noise(self, micro: int) -> torch.Generator | None:
+        """The noise source of one forward of a diffusion head: keyed by its place, it needs no saving."""
+        if self.vat.config.head != "diffusion":
+            return None
+        place = (self.step * self.config.accumulation + micro) * 65_537 + self.rank
+        return self._generator.manual_seed(self.config.seed * 1_000_003 + place)
+
+
+class Clock:
+    """Seconds spent in named parts of a step. On an accelerator it waits for the device at every lap."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._on_gpu = device.type == "cuda"
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """What passed since the last lap belongs to `name`."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def total_steps(config: Config, batches_per_epoch: int) -> int:
+    """Optimiser steps of a resolved run whose loader has so many batches per epoch."""
+    t = config.train
+    if t.steps is not None:
+        return t.steps
+    assert t.epochs is not None
+    return max(1, round(t.epochs * batches_per_epoch / config.accumulation))

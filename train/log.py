@@ -10,6 +10,7 @@ import datetime
 import importlib
 import json
 import math
+import resource
 import sys
 import time
 import uuid
@@ -17,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import distributed as dist
 from tqdm import tqdm
@@ -243,10 +243,10 @@ def max_over_ranks(values: Mapping[str, float], device: torch.device) -> dict[st
 
 
 def memory_bytes(device: torch.device) -> float:
-    """Peak memory of an accelerator so far; on a CPU, what this process has resident now."""
+    """Peak memory so far: of an accelerator what PyTorch had allocated there, on a CPU what this process had resident."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
-    return float(psutil.Process().memory_info().rss)
+    return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -17,28 +17,28 @@ class ErrorTable:
     """Mean absolute errors over a number of samples.
 
     samples: how many, over all ranks.
-    l1_CA: for each step of the chunk and each dimension, normalised units, float64.
-    robot_l1_CA: the same in the robot's units; None where the statistics were not given.
+    l1_table: for each step of the chunk and each dimension, normalised units, float64.
+    robot_l1_table: the same in the robot's units; None where the statistics were not given.
     """
 
     samples: int
-    l1_CA: Tensor
-    robot_l1_CA: Tensor | None
+    l1_table: Tensor
+    robot_l1_table: Tensor | None
 
     @property
     def l1(self) -> float:
         """Mean over steps and dimensions."""
-        return float(self.l1_CA.mean())
+        return float(self.l1_table.mean())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers: the mean, per dimension and per step of the chunk."""
         figures: dict[str, Any] = {
             "l1": self.l1,
-            "l1_per_dimension": self.l1_CA.mean(0).tolist(),
-            "l1_per_step": self.l1_CA.mean(1).tolist(),
+            "l1_per_dimension": self.l1_table.mean(0).tolist(),
+            "l1_per_step": self.l1_table.mean(1).tolist(),
         }
-        if self.robot_l1_CA is not None:
-            figures["robot_l1_per_dimension"] = self.robot_l1_CA.mean(0).tolist()
+        if self.robot_l1_table is not None:
+            figures["robot_l1_per_dimension"] = self.robot_l1_table.mean(0).tolist()
         return figures
 
 
@@ -89,9 +89,9 @@ class ActionErrors:
         samples = round(both[-1].item())
         if not samples:
             raise ValueError("every sample that was added is padding")
-        l1_CA = (both[:-1] / samples).reshape(self._sum.shape).cpu()
-        robot = None if statistics is None else l1_CA * robot_units(statistics)
-        return ErrorTable(samples, l1_CA, robot)
+        l1_table = (both[:-1] / samples).reshape(self._sum.shape).cpu()
+        robot = None if statistics is None else l1_table * robot_units(statistics)
+        return ErrorTable(samples, l1_table, robot)
 
     def reset(self) -> None:
         """Begin anew."""

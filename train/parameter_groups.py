@@ -61,9 +61,7 @@ def parameter_groups(vat: VAT, options: GroupOptions) -> list[dict[str, Any]]:
             continue
         decay = options.weight_decay if options.decay_all or decays(name, parameter) else 0.0
         scale = lr_scale(name, len(vat.vision_blocks), options)
-        group = groups.setdefault(
-            (decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale, "names": []}
-        )
+        group = groups.setdefault((decay, scale), {"params": [], "weight_decay": decay, "lr_scale": scale, "names": []})
         group["params"].append(parameter)
         group["names"].append(name)
     if not groups:
@@ -92,7 +90,7 @@ def lr_scale(name: str, num_layers: int, options: GroupOptions) -> float:
 
 
 def describe_groups(groups: Sequence[dict[str, Any]]) -> str:
-    """One line per group for a log: how many parameters, its weight decay and share of the learning rate, an example."""
+    """One line per group for a log: its parameters, weight decay and share of the learning rate."""
     lines = []
     for group in groups:
         count = sum(getattr(p, "ds_numel", p.numel()) for p in group["params"])

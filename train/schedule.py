@@ -11,9 +11,7 @@ from __future__ import annotations
 import math
 
 
-def learning_rate(
-    step: int, total: int, peak: float, warmup_fraction: float = 0.1, final: float = 1e-7
-) -> float:
+def learning_rate(step: int, total: int, peak: float, warmup_fraction: float = 0.1, final: float = 1e-7) -> float:
     """The learning rate of one optimiser step.
 
     Args:

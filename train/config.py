@@ -30,6 +30,7 @@ from pydantic.dataclasses import dataclass
 
 from vat_fast.config import PRESETS, ConfigError, VATConfig
 from vat_fast.ops import Backend
+from vat_fast.train.adapters import LoRAOptions
 from vat_fast.train.data.loader import AugmentOn
 
 Precision = Literal["fp32", "autocast", "bf16"]
@@ -406,6 +407,8 @@ def _check(config: Config) -> None:
             VATConfig.from_preset(m.preset, **m.options)
         except ConfigError as error:
             raise ConfigError(f"model.options: {error}") from error
+    if t.lora is not None:
+        LoRAOptions.from_dict(t.lora)
     at_least_one = {
         "train.steps": t.steps,
         "train.global_batch": t.global_batch,

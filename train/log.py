@@ -243,7 +243,7 @@ def max_over_ranks(values: Mapping[str, float], device: torch.device) -> dict[st
 
 
 def memory_bytes(device: torch.device) -> float:
-    """Peak memory so far: of an accelerator what PyTorch had allocated there, on a CPU what this process had resident."""
+    """Peak memory so far: of an accelerator what PyTorch allocated there, on a CPU what this process had resident."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vat_fast.actions import FieldStatistics, Statistics, StatisticsError, gripper_command, save_statistics
 from vat_fast.config import ConfigError, VATConfig
+from vat_fast.frozen.engine import FrozenVAT
 from vat_fast.model import VAT
 from vat_fast.observation import ImageProcessing, ObservationError, ObservationProcessor
 from vat_fast.policy import Policy, PolicyConfig
@@ -343,7 +344,7 @@ def test_saved_policies_act_the_same(tmp_path: Path) -> None:
     policy.save_pretrained(tmp_path / "policy")
     names = {"config.json", "model.safetensors", "policy.json", "dataset_statistics.json"}
     assert {file.name for file in (tmp_path / "policy").iterdir()} == names
-    again = Policy.from_pretrained(tmp_path / "policy")
+    again = Policy.from_pretrained(tmp_path / "policy", frozen=False)
     assert again.config == config
     assert again.statistics.to_dict() == STATISTICS.to_dict()
     assert isinstance(again.vat, VAT)
@@ -352,11 +353,40 @@ def test_saved_policies_act_the_same(tmp_path: Path) -> None:
     assert all(torch.equal(weights[name], value) for name, value in make_vat(proprio_dim=8).state_dict().items())
     # Loaded weights are a memory map, aligned otherwise than allocated ones: BLAS sums in another order.
     np.testing.assert_allclose(again.act(make_observation(), 4), policy.act(make_observation(), 4), atol=1e-5)
-    half = Policy.from_pretrained(tmp_path / "policy", dtype=torch.bfloat16)
+    half = Policy.from_pretrained(tmp_path / "policy", dtype=torch.bfloat16, frozen=False)
     assert half.dtype == torch.bfloat16
     np.testing.assert_allclose(
         half.act(make_observation(), 4)[:, :-1], policy.act(make_observation(), 4)[:, :-1], atol=0.1
     )
+
+
+def test_policies_are_frozen_by_default(tmp_path: Path) -> None:
+    policy = Policy(make_vat(proprio_dim=8), CONFIG, STATISTICS)
+    policy.save_pretrained(tmp_path / "policy")
+    frozen = Policy.from_pretrained(tmp_path / "policy", batch=[1, 2])
+    assert isinstance(frozen.vat, FrozenVAT)
+    np.testing.assert_allclose(frozen.act(make_observation(), 4), policy.act(make_observation(), 4), atol=1e-5)
+    batch = [make_observation()] * 3
+    np.testing.assert_allclose(frozen.act_batch(batch, 4), policy.act_batch(batch, 4), atol=1e-5)
+    half = Policy.from_pretrained(tmp_path / "policy", dtype="bf16")
+    assert half.vat.target.dtype == "bf16"
+    np.testing.assert_allclose(
+        half.act(make_observation(), 4)[:, :-1], policy.act(make_observation(), 4)[:, :-1], atol=0.1
+    )
+    with pytest.raises(TypeError, match="cannot be saved; save the policy of the VAT it came from"):
+        frozen.save_pretrained(tmp_path / "again")
+    with pytest.raises(TypeError, match="batch is for a frozen policy"):
+        Policy.from_pretrained(tmp_path / "policy", frozen=False, batch=2)
+
+
+def test_a_frozen_model_may_normalise_images_itself() -> None:
+    vat = make_vat()
+    options = {"images": "uint8", "mean": CONFIG.image.mean, "std": CONFIG.image.std}
+    frozen = Policy(vat.freeze(executor="torch", **options), CONFIG, STATISTICS)
+    plain = Policy(vat, CONFIG, STATISTICS)
+    np.testing.assert_allclose(frozen.act(make_observation(), 4), plain.act(make_observation(), 4), atol=1e-5)
+    with pytest.raises(ConfigError, match=r"frozen for images of mean \(0.5, 0.5, 0.5\)"):
+        Policy(vat.freeze(images="uint8", mean=(0.5, 0.5, 0.5)), CONFIG, STATISTICS)
 
 
 def test_a_folder_without_settings_takes_them_from_its_suite(tmp_path: Path) -> None:

@@ -97,20 +97,18 @@ def _add_act(commands: Commands) -> None:
     )
     p.add_argument("--task", required=True, help="task name or id")
     p.add_argument("--proprio", help="comma-separated state in robot units, for models that take it")
-    p.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    p.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "int8", "fp8"), default="fp32")
+    p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
     p.add_argument("--suite", help="LIBERO suite of a released folder, where its statistics do not tell")
     p.add_argument("--steps", type=int, default=3, help="timed predictions after a warm-up (default 3)")
     p.set_defaults(run=_act)
 
 
 def _act(args: argparse.Namespace) -> None:
-    import torch
-
     from vat_fast.policy import Policy
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     start = time.perf_counter()
-    policy = Policy.from_pretrained(args.checkpoint, dtype=dtype, suite=args.suite)
+    policy = Policy.from_pretrained(args.checkpoint, device=args.device, dtype=args.dtype, suite=args.suite)
     print(f"loaded {args.checkpoint} in {time.perf_counter() - start:.1f} s ({args.dtype})", flush=True)
     config = policy.vat.config
     paths = args.image

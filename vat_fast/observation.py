@@ -221,8 +221,8 @@ def read_proprio(observation: Mapping[str, Any], dim: int) -> NDArray[np.float32
 class ProcessedObservation(NamedTuple):
     """One observation as the model takes it."""
 
-    pixels: NDArray[np.float32]
-    """(V, 3, S, S), normalised."""
+    pixels: NDArray[Any]
+    """(V, 3, S, S) float32, normalised; or (V, S, S, 3) uint8 from a processor for raw bytes."""
     proprio: NDArray[np.float32] | None
     """(proprio_dim,) in [-1, 1], or None where the model has no proprioception."""
 
@@ -234,6 +234,7 @@ class ObservationProcessor:
         processing: the image pipeline.
         cameras: keys of the camera images in the order of the model's views (LIBERO: primary, then wrist).
         proprio: statistics that normalise the proprioception vector; None for a model without.
+        raw: leave the normalisation to the model and give it bytes, (V, S, S, 3).
 
     Raises:
         ConfigError: no cameras, or one twice.
@@ -244,7 +245,9 @@ class ObservationProcessor:
         processing: ImageProcessing,
         cameras: Sequence[str] = LIBERO_CAMERAS,
         proprio: FieldStatistics | None = None,
+        raw: bool = False,
     ) -> None:
+        self.raw = raw
         self.processing = processing
         self.cameras = check_cameras(cameras)
         self.proprio = proprio
@@ -262,7 +265,8 @@ class ObservationProcessor:
         if not isinstance(observation, Mapping):
             raise ObservationError(f"an observation is a dictionary of arrays, got {type(observation).__name__}")
         size = self.processing.image_size
-        pixels = np.empty((len(self.cameras), 3, size, size), np.float32)
+        shape = (size, size, 3) if self.raw else (3, size, size)
+        pixels = np.empty((len(self.cameras), *shape), np.uint8 if self.raw else np.float32)
         for view, name in enumerate(self.cameras):
             if name not in observation:
                 close = get_close_matches(name, [str(key) for key in observation], n=1)
@@ -271,7 +275,10 @@ class ObservationProcessor:
                 raise ObservationError(f"camera {name!r} is not in the observation{hint}; it has {existing}")
             image = np.asarray(observation[name])
             _check_image(f"camera {name!r}", image)
-            pixels[view] = self.processing.pixels(image)
+            if self.raw:
+                pixels[view] = self.processing.grey_levels(image).transpose(1, 2, 0)
+            else:
+                pixels[view] = self.processing.pixels(image)
         if self.proprio is None:
             return ProcessedObservation(pixels, None)
         return ProcessedObservation(pixels, self.proprio.normalize(read_proprio(observation, self.proprio.dim)))

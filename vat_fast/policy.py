@@ -164,7 +164,7 @@ class Policy:
         action = policy.step(observation, "turn on the stove")     # (A,), one per control step
 
     Args:
-        vat: a VAT, or anything with its call signature and `.config` (a frozen engine).
+        vat: a VAT, a FrozenVAT, or anything with their call signature and `.config`.
         config: cameras, image pipeline, tasks, gripper, execution.
         statistics: of the dataset the model was trained on.
         device, dtype: of the tensors `vat` takes. None: those of its parameters, or CPU and float32 where it has
@@ -189,11 +189,11 @@ class Policy:
         self.vat = vat
         self.config = config
         self.statistics = statistics
-        example = next(vat.parameters(), None) if isinstance(vat, torch.nn.Module) else None
-        self.device = torch.device(device or (torch.device("cpu") if example is None else example.device))
-        self.dtype = dtype or (torch.float32 if example is None else example.dtype)
+        example = next(vat.parameters(), None) if isinstance(vat, torch.nn.Module) else vat
+        self.device = torch.device(device or getattr(example, "device", "cpu"))
+        self.dtype = dtype or getattr(example, "dtype", torch.float32)
         proprio = statistics.proprio if vat.config.proprio_dim else None
-        self._processor = ObservationProcessor(config.image, config.cameras, proprio)
+        self._processor = ObservationProcessor(config.image, config.cameras, proprio, raw=_takes_bytes(vat, config))
         self._executor = self.new_executor()
         self._last_task: int | None = None
         self._seed = seed
@@ -319,7 +319,10 @@ class Policy:
         """
         save_model = getattr(self.vat, "save_pretrained", None)
         if save_model is None:
-            raise TypeError(f"{type(self.vat).__name__} cannot be saved; save the policy of the VAT it came from")
+            raise TypeError(
+                f"{type(self.vat).__name__} cannot be saved; save the policy of the VAT it came from "
+                "(Policy.from_pretrained(..., frozen=False))"
+            )
         save_model(folder)
         # policy.json last: where it is, the rest is.
         save_statistics(Path(folder) / STATISTICS_FILE, [self.statistics])
@@ -330,26 +333,33 @@ class Policy:
         cls,
         name_or_folder: str | Path,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         config: PolicyConfig | None = None,
         suite: str | None = None,
         seed: int = 0,
+        frozen: bool = True,
+        **options: Any,
     ) -> Policy:
         """The policy in a folder that `save_pretrained` wrote, or one of the authors' released folders.
 
         Args:
             name_or_folder: folder, or Hub repository.
-            device, dtype: where and in what precision the model runs; dtype None: as stored.
+            device, dtype: where and in what precision the model runs, a torch dtype or "fp32", "bf16", "fp16", frozen
+                also "int8" and "fp8"; dtype None: as stored.
             config: instead of the folder's policy.json.
             suite: LIBERO suite of a released folder, which has no policy.json: `PolicyConfig.released` applies.
                 Needed where the folder's statistics are not those of one suite. With the statistics of the
                 combined checkpoint it chooses the suite whose statistics to act with.
             seed: see `Policy`.
+            frozen: freeze the model (`VAT.freeze`), the fastest way to act. False keeps the VAT itself, which can be
+                trained, saved and looked into.
+            options: for `VAT.freeze`, such as batch=[1, 8] or executor="torch".
 
         Raises:
             ConfigError: no policy.json and nothing to tell the settings by, or parts that do not fit together.
             StatisticsError: dataset statistics are missing or malformed, or it is open which to use.
             FileNotFoundError: there is no such folder or repository.
+            TypeError, ValueError: options that `VAT.freeze` does not know, or cannot fulfil.
         """
         folder = local_folder(name_or_folder, [POLICY_FILE, STATISTICS_FILE])
         released = config is None and not (folder / POLICY_FILE).is_file()
@@ -362,14 +372,53 @@ class Policy:
         elif config is None:
             config = PolicyConfig.load(folder / POLICY_FILE)
         statistics = choose_statistics(datasets, config.statistics_key, source=str(folder / STATISTICS_FILE))
-        vat = VAT.from_pretrained(name_or_folder, dtype=dtype).to(device).eval()
+        if options and not frozen:
+            raise TypeError(f"{', '.join(options)} is for a frozen policy; leave frozen=True, or leave it out")
+        vat = VAT.from_pretrained(name_or_folder, dtype=None if frozen else _torch_dtype(dtype))
         if released:
             image = dataclasses.replace(config.image, image_size=vat.config.image_size)
             config = dataclasses.replace(config, image=image)
-        return cls(cast(Predictor, vat), config, statistics, seed=seed)
+        if not frozen:
+            return cls(cast(Predictor, vat.to(device).eval()), config, statistics, seed=seed)
+        precision = _precision(next(vat.parameters()).dtype if dtype is None else dtype)
+        if torch.device(device).type == "cuda":
+            # Raw bytes: a quarter of the transfer, and patch embedding becomes one launch.
+            options = {"images": "uint8", "mean": config.image.mean, "std": config.image.std, **options}
+        return cls(vat.freeze(dtype=precision, device=device, **options), config, statistics, seed=seed)
 
-    def _tensor(self, array: NDArray[np.float32]) -> Tensor:
-        return torch.from_numpy(array).to(self.device, self.dtype)
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        tensor = torch.from_numpy(array).to(self.device)
+        return tensor if tensor.dtype == torch.uint8 else tensor.to(self.dtype)
+
+
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def _precision(dtype: torch.dtype | str) -> Any:
+    """The name of a precision, for `VAT.freeze`."""
+    return dtype if isinstance(dtype, str) else _PRECISIONS[dtype]
+
+
+def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if not isinstance(dtype, str):
+        return dtype
+    for known, name in _PRECISIONS.items():
+        if name == dtype:
+            return known
+    raise ValueError(f"dtype {dtype!r} needs a frozen policy; unfrozen ones run in {', '.join(_PRECISIONS.values())}")
+
+
+def _takes_bytes(vat: Predictor, config: PolicyConfig) -> bool:
+    """Whether a frozen model normalises images itself; then with the policy's own mean and std."""
+    target = getattr(vat, "target", None)
+    if target is None or target.images == "float":
+        return False
+    if (tuple(target.mean), tuple(target.std)) != (tuple(config.image.mean), tuple(config.image.std)):
+        raise ConfigError(
+            f"the model was frozen for images of mean {target.mean} and std {target.std}, the policy's are "
+            f"{config.image.mean} and {config.image.std}: freeze with the policy's"
+        )
+    return True
 
 
 def _released_config(folder: Path, datasets: Mapping[str, Statistics], suite: str | None) -> PolicyConfig:

@@ -26,7 +26,7 @@ def test_batches_share_weights_and_any_number_runs() -> None:
     vat, reference = models(config)
     frozen = vat.freeze(batch=[4, 2], executor="torch")
     assert sorted(frozen.plans) == [1, 2, 4]
-    shared = [{name: w.data_ptr() for name, w in r._weights.items()} for r in frozen._runners.values()]
+    shared = [{name: w.data_ptr() for name, w in r.weights.items()} for r in frozen._runners.values()]
     assert shared[0] == shared[1] == shared[2]
     args = arguments(config, 7)
     assert relative(frozen(*args), reference(*args)) < 1e-5

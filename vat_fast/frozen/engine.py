@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -25,6 +25,7 @@ class Runner(Protocol):
     """What an executor is to the engine: a plan bound to weights and memory."""
 
     plan: Plan
+    weights: Mapping[str, Tensor]
 
     def run(self, inputs: dict[str, Tensor]) -> Tensor:
         """Actions (B, C, A) for the plan's inputs; may be overwritten by the next run."""
@@ -77,13 +78,14 @@ class FrozenVAT:
             raise ValueError(f"batch sizes must be at least 1, got {batch}")
         if images not in ("float", "uint8"):
             raise ValueError(f'images must be "float" or "uint8", got {images!r}')
+        executor = executor or default_executor(self.device, dtype)
         self.target = Target(
-            executor=executor or default_executor(self.device, dtype),
+            executor=executor,
             dtype=dtype,
             images=images,  # type: ignore[arg-type]
             mean=mean,
             std=std,
-            arch=_arch(self.device),
+            arch=_arch(executor),
         )
         plans = {B: make_plan(self.config, B, self.target, without) for B in sizes}
         self.plans: dict[int, Plan] = plans
@@ -113,6 +115,10 @@ class FrozenVAT:
             parts.append(self._runners[size].run(piece).to(torch.float32, copy=True))
             done += size
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def parameters(self) -> Iterator[Tensor]:
+        """The folded weights, each once."""
+        yield from {id(w): w for runner in self._runners.values() for w in runner.weights.values()}.values()
 
     @property
     def plan(self) -> Plan:
@@ -144,6 +150,8 @@ class FrozenVAT:
                     f"got {tuple(pixels.shape)}"
                 )
         B = len(pixels)
+        if B == 0:
+            raise ValueError("the batch is empty")
         inputs = {"pixels": pixels.to(self.device)}
         if c.task_conditioning != "none":
             if task_id is None:
@@ -194,8 +202,8 @@ def schedule(plan: Plan, target: Target, without: Collection[str] = ()) -> Plan:
     return plan
 
 
-def _arch(device: torch.device) -> int | str:
-    if device.type != "cuda":
+def _arch(executor: str) -> int | str:
+    if executor != "triton":
         return Target.arch
     from vat_fast.kernels.configs import current_arch
 

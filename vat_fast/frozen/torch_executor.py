@@ -61,7 +61,7 @@ class TorchExecutor:
         self, plan: Plan, weights: Mapping[str, Tensor], constants: Mapping[str, Tensor], device: torch.device
     ) -> None:
         self.plan, self.device = plan, device
-        self._weights = weights
+        self.weights = weights
         self.tensors = allocate(plan, constants, device)
         self._steps = [self._bind(step) for step in plan.steps]
         self._loop = [self._bind(step) for step in plan.loop]
@@ -88,7 +88,7 @@ class TorchExecutor:
         """The step as a call without arguments."""
         inputs = {role: view(self.tensors[access.buffer], access) for role, access in step.inputs.items()}
         outputs = {role: view(self.tensors[access.buffer], access) for role, access in step.outputs.items()}
-        weights = {role: self._weights[name] for role, name in step.weights.items()}
+        weights = {role: self.weights[name] for role, name in step.weights.items()}
         compute, out = getattr(self, f"_{step.op}"), outputs["y"]
 
         def run() -> None:

@@ -119,20 +119,20 @@ class TritonExecutor(TorchExecutor):
         return getattr(self, f"_launch_{step.op}")(step, inputs, outputs)
 
     def _launch_linear(self, step: Step, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Launch:
-        weight, bias = self._weights[step.weights["weight"]], self._weights[step.weights["bias"]].float()
+        weight, bias = self.weights[step.weights["weight"]], self.weights[step.weights["bias"]].float()
         if "rows" in step.options:
             rows = slice(*step.options["rows"])
             weight, bias = weight[rows], bias[rows]
         x, y = _matrix(inputs["x"]), _matrix(outputs["y"])
         film = None
         if "film" in outputs:
-            gamma, beta = self._weights[step.weights["film"]].chunk(2, dim=-1)
+            gamma, beta = self.weights[step.weights["film"]].chunk(2, dim=-1)
             rows_per_sample = y.shape[0] // self.plan.batch
             film = Film(gamma, beta, _matrix(outputs["film"]), rows_per_sample, inputs["task_id"])
         arguments: dict[str, Any] = {
             "bias_N": bias,
             "activation": step.options.get("activation", "none"),
-            "layer_scale_N": self._weights[step.weights["scale"]] if "scale" in step.weights else None,
+            "layer_scale_N": self.weights[step.weights["scale"]] if "scale" in step.weights else None,
             "residual_MN": _matrix(inputs["residual"]) if "residual" in inputs else None,
             "film": film,
             "stats_out": self._stats(step, outputs),
@@ -165,12 +165,12 @@ class TritonExecutor(TorchExecutor):
             x = x.unflatten(1, (-1, step.options["group"])).flatten(2)
         D = x.shape[-1]
         ones, zeros = (torch.full((D,), value, device=self.device) for value in (1.0, 0.0))
-        weight = self._weights[step.weights["weight"]] if "weight" in step.weights else ones
-        bias = self._weights[step.weights["bias"]] if "bias" in step.weights else zeros
+        weight = self.weights[step.weights["weight"]] if "weight" in step.weights else ones
+        bias = self.weights[step.weights["bias"]] if "bias" in step.weights else zeros
         weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         gamma = beta = task_id = None
         if "table" in step.weights:
-            gamma, beta = self._weights[step.weights["table"]].chunk(2, dim=-1)
+            gamma, beta = self.weights[step.weights["table"]].chunk(2, dim=-1)
             task_id = inputs["task_id"]
         elif "gamma_beta" in inputs:
             gamma, beta = inputs["gamma_beta"].chunk(2, dim=-1)
@@ -181,7 +181,7 @@ class TritonExecutor(TorchExecutor):
     def _launch_patch_embed(self, step: Step, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Launch:
         o, images = step.options, inputs["pixels"]
         weight, table = _pack_patches(
-            *(self._weights[step.weights[r]] for r in ("weight", "bias", "table")), o["prefix"]
+            *(self.weights[step.weights[r]] for r in ("weight", "bias", "table")), o["prefix"]
         )
         weight = weight.to(outputs["y"].dtype)
         out = outputs["y"].unflatten(1, (o["views"], -1))

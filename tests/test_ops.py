@@ -1,11 +1,15 @@
 """The operators' backends: which one runs and why, and that all of them compute the same model."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.variants import random_batch, randomise, small_config
 from vat_fast import VAT
 from vat_fast import model as model_module
+from vat_fast import ops as ops_module
 from vat_fast.ops import Choice, TorchOps, TritonOps, choose
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -112,3 +116,32 @@ def test_compiled_equals_eager(backend: str, request: pytest.FixtureRequest) -> 
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
     for a, b in zip(compiled_gradients, eager_gradients, strict=True):
         assert (a - b).norm() <= 1e-4 * b.norm()
+
+
+def test_bfloat16_attention_on_cpus_is_as_exact_as_plain_operators() -> None:
+    """Training in bf16 on a CPU takes three products instead of PyTorch's fused attention, whose backward is slow."""
+    torch.manual_seed(0)
+    wide = [torch.randn(3, 2, tokens, 16) for tokens in (11, 37, 37)]
+    upstream = torch.randn(3, 2, 11, 16)
+
+    def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+        return (q * scale @ k.mT).softmax(-1) @ v
+
+    def run(dtype: torch.dtype, function: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        q, k, v = (x.to(dtype, copy=True).requires_grad_() for x in wide)
+        out = function(q, k, v, scale=0.3)
+        out.backward(upstream.to(dtype))
+        return [x.double() for x in (out.detach(), *(t.grad for t in (q, k, v) if t.grad is not None))]
+
+    fused = ops_module.attention
+    for name, exact, theirs, ours in zip(
+        ["out", "q", "k", "v"],
+        run(torch.float64, plain),
+        run(torch.bfloat16, plain),
+        run(torch.bfloat16, fused),
+        strict=True,
+    ):
+        assert 0 < (ours - exact).norm() <= 1.1 * (theirs - exact).norm(), name
+    # In float32 it is PyTorch's own.
+    for ours, theirs in zip(run(torch.float32, fused), run(torch.float32, scaled_dot_product_attention), strict=True):
+        assert torch.equal(ours, theirs)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
 
 from vat_fast.rollout.messages import Act, Begin
@@ -44,8 +45,7 @@ class SimulatorPool:
             raise ValueError(f"there must be at least 1 process, got {slots}")
         if not (timeout > 0 and start_timeout > 0):
             raise ValueError(f"timeouts must be above 0 seconds, got {timeout} and {start_timeout}")
-        # Not fork: simulators and PyTorch have run threads by now, and a fork of those may hang.
-        self._context = multiprocessing.get_context("spawn")
+        self._context = _context()
         self._arguments = tuple(arguments)
         self._timeout, self._start_timeout = timeout, start_timeout
         self._slots: list[_Slot | None] = [None] * slots
@@ -139,6 +139,16 @@ class SimulatorPool:
         process.start()
         theirs.close()
         return _Slot(process, ours)
+
+
+def _context() -> BaseContext:
+    """How processes start: never forked from this one, whose libraries have run threads."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # The server imports PyTorch once; every simulator is forked from it.
+    context.set_forkserver_preload([simulate.__module__])
+    return context
 
 
 class _Slot:

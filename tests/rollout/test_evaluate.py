@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.rollout.toys import NAMES, ToyScenes, Trouble, make_policy
-from vat_fast.rollout.evaluate import EvaluationResult, SimulatorError, evaluate
+from vat_fast.rollout.evaluate import EvaluationResult, EvaluationError, evaluate
 from vat_fast.rollout.plain import plain_episode
 from vat_fast.rollout.records import EpisodeKey, digest
 from vat_fast.rollout.settings import EvaluationSettings
@@ -197,9 +197,9 @@ def test_what_cannot_be_is_said_before_or_at_once() -> None:
         run(make_policy(NAMES, head="diffusion"), dataclasses.replace(SETTINGS, batched=True))
     with pytest.raises(ValueError, match="at least 1 process, got 0"):
         run(processes=0)
-    with pytest.raises(SimulatorError, match="the toy simulator is not installed"):
+    with pytest.raises(EvaluationError, match="the toy simulator is not installed"):
         run(scenes=ToyScenes(missing=True))
-    with pytest.raises(SimulatorError, match="50 initial states, got 60"):
+    with pytest.raises(EvaluationError, match="50 initial states, got 60"):
         run(settings=dataclasses.replace(SETTINGS, init_states=(60,)))
 
 

@@ -27,7 +27,7 @@ MAX_ATTEMPTS = 2
 _GIVE_UP_AFTER = 6  # losses in a row, without one finished episode, say that something is wrong with the machine
 
 
-class SimulatorError(RuntimeError):
+class EvaluationError(RuntimeError):
     """Scenes that cannot be made, or simulators that do nothing but die."""
 
 
@@ -99,7 +99,7 @@ def evaluate(
         on_start: called with the pool before the first episode.
 
     Raises:
-        SimulatorError: a scene cannot be made, or simulators die without one episode finishing.
+        EvaluationError: a scene cannot be made, or simulators die without one episode finishing.
         TaskError: the policy does not know a task.
         ValueError: settings that do not fit the policy or the suite, or a folder with another evaluation.
     """
@@ -181,7 +181,7 @@ class _Run:
                     looks.append((slot, reply))
                     continue
                 if isinstance(reply, Refused):
-                    raise SimulatorError(reply.message)
+                    raise EvaluationError(reply.message)
                 if isinstance(reply, Finished):
                     self._finish(slot, reply, bar)
                 else:
@@ -251,7 +251,7 @@ class _Run:
         self._losses[episode.key] = self._losses.get(episode.key, 0) + 1
         self._losses_in_a_row += 1
         if self._losses_in_a_row >= _GIVE_UP_AFTER:
-            raise SimulatorError(
+            raise EvaluationError(
                 f"{self._losses_in_a_row} simulators in a row were lost without one finished episode, the last with: "
                 f"{reason}"
             )

@@ -15,6 +15,8 @@ $(STAMP): pyproject.toml constraints.txt
 	sh scripts/bootstrap.sh $(PYTHON)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(CONSTRAINTS) --editable ".[dev]"
+	# The simulator brings opencv-python, whose files (and need of a display's libraries) go where the headless ones were.
+	$(BIN)/python -m pip install $(CONSTRAINTS) --quiet --force-reinstall --no-deps opencv-python-headless
 	touch $@
 
 demo: setup

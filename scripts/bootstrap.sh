@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs what the Python packages cannot bring along, where it is missing: venv support, and a C++ compiler with
-# Python's headers for torch.compile. Does nothing on a machine that has them.
+# Installs what the Python packages cannot bring along, where it is missing: venv support, a C++ compiler with
+# Python's headers for torch.compile, and the software renderer of the simulator. Does nothing on a machine that has them.
 set -eu
 PYTHON=${1:-python3}
 command -v "$PYTHON" >/dev/null || { echo "vat_fast needs Python 3.10 or newer; '$PYTHON' was not found." >&2; exit 1; }
@@ -12,6 +12,7 @@ missing=""
 command -v g++ >/dev/null || missing="$missing g++"
 "$PYTHON" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' \
     || missing="$missing python3-dev"
+ldconfig -p 2>/dev/null | grep -q libOSMesa || [ -e /usr/lib/*/libOSMesa.so.8 ] || missing="$missing libosmesa6"
 [ -n "$missing" ] || exit 0
 
 if ! command -v apt-get >/dev/null; then

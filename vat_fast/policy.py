@@ -190,7 +190,8 @@ class Policy:
         self.config = config
         self.statistics = statistics
         example = next(vat.parameters(), None) if isinstance(vat, torch.nn.Module) else vat
-        self.device = torch.device(device or getattr(example, "device", "cpu"))
+        default: torch.device = getattr(example, "device", torch.device("cpu"))
+        self.device = torch.device(device) if device is not None else default
         self.dtype = dtype or getattr(example, "dtype", torch.float32)
         proprio = statistics.proprio if vat.config.proprio_dim else None
         self._processor = ObservationProcessor(config.image, config.cameras, proprio, raw=_takes_bytes(vat, config))
@@ -384,7 +385,8 @@ class Policy:
         if torch.device(device).type == "cuda":
             # Raw bytes: a quarter of the transfer, and patch embedding becomes one launch.
             options = {"images": "uint8", "mean": config.image.mean, "std": config.image.std, **options}
-        return cls(vat.freeze(dtype=precision, device=device, **options), config, statistics, seed=seed)
+        fast = vat.freeze(dtype=precision, device=device, **options)
+        return cls(cast(Predictor, fast), config, statistics, seed=seed)
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(array).to(self.device)

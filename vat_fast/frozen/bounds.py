@@ -148,7 +148,7 @@ def gemm_blocks(plan: Plan, step: Step, part: Device) -> dict[str, int]:
         return {"SPLIT_K": 1, **patch_embed_config(M, N, dtype, part.arch)}
     if "quantised" in step.options:
         narrow = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[step.options["quantised"]]
-        return quant_linear_config(M, N, K, narrow, part.arch)
+        return quant_linear_config(M, N, K, narrow, K, part.arch)
     return linear_config(M, N, K, dtype, part.arch)
 
 

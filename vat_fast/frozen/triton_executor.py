@@ -8,7 +8,6 @@ tested without a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -52,7 +51,8 @@ class TritonExecutor(TorchExecutor):
         super().__init__(plan, weights, constants, device)
         on_gpu = device.type == "cuda"
         self._action_stream = torch.cuda.Stream(device) if on_gpu else None
-        self._wants_graph, self._graph = graph and on_gpu, None  # type: ignore[var-annotated]
+        self._wants_graph = graph and on_gpu
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -77,37 +77,42 @@ class TritonExecutor(TorchExecutor):
         torch.cuda.current_stream(self.device).wait_stream(side)
         if start is not None:
             self.tensors["sample"].copy_(start)  # denoising works in place
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        recorded = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(recorded):
             self._launch()
         if start is not None:
             self.tensors["sample"].copy_(start)
-        self._graph.replay()
+        self._graph = recorded
+        recorded.replay()
 
     def _launch(self) -> None:
         """Every step in its stream, in the plan's order, with events where a step waits."""
-        events: dict[str, torch.cuda.Event] = {}
-        awaited = {name for step in self.plan.steps for name in step.waits}
-        main = torch.cuda.current_stream(self.device) if self._action_stream is not None else None
-        if self._action_stream is not None:
-            self._action_stream.wait_stream(main)
-        for step, call in zip(self.plan.steps, self._steps, strict=True):
-            stream = self._action_stream if step.stream == "action" else main
-            with nullcontext() if stream is None else torch.cuda.stream(stream):
-                for name in step.waits if stream is not None else ():
-                    stream.wait_event(events[name])  # type: ignore[union-attr]
+        if self._action_stream is None:
+            for call in self._steps:
                 call()
-                if stream is not None and step.name in awaited:
-                    events[step.name] = torch.cuda.Event()
-                    events[step.name].record(stream)
-        if main is not None:
-            main.wait_stream(self._action_stream)  # type: ignore[arg-type]
+        else:
+            self._launch_in_streams(torch.cuda.current_stream(self.device), self._action_stream)
         for t in reversed(range(self.plan.repeats)):
             self._round = t
             self.tensors["timestep"].fill_(t)
             for call in self._loop:
                 call()
             self.tensors["sample"].copy_(self.tensors["actions"])
+
+    def _launch_in_streams(self, main: torch.cuda.Stream, action: torch.cuda.Stream) -> None:
+        events: dict[str, torch.cuda.Event] = {}
+        awaited = {name for step in self.plan.steps for name in step.waits}
+        action.wait_stream(main)
+        for step, call in zip(self.plan.steps, self._steps, strict=True):
+            stream = action if step.stream == "action" else main
+            with torch.cuda.stream(stream):
+                for name in step.waits:
+                    stream.wait_event(events[name])
+                call()
+                if step.name in awaited:
+                    events[step.name] = torch.cuda.Event()
+                    events[step.name].record(stream)
+        main.wait_stream(action)
 
     # Binding.
 

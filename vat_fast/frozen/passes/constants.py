@@ -113,8 +113,8 @@ def _value(plan: Plan, step: Step, known: dict[str, _Value]) -> _Value | None:
     if step.op == "activation" and step.options["kind"] == "gelu":
         return _Value(recipes.gelu(inputs["x"].recipe), by_task)
     if step.op == "norm" and "group" not in step.options:
-        x = recipes.normalise(inputs["x"].recipe, step.options["eps"])
+        normed = recipes.normalise(inputs["x"].recipe, step.options["eps"])
         if "weight" in step.weights:
-            x = recipes.affine(x, weight("weight"), weight("bias"))
-        return _Value(x, by_task)
+            normed = recipes.affine(normed, weight("weight"), weight("bias"))
+        return _Value(normed, by_task)
     return None

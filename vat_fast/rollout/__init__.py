@@ -1,0 +1,1 @@
+"""Rollouts in the LIBERO simulator: scenes, scripted experts, collected demonstrations, evaluation."""

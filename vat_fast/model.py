@@ -307,13 +307,12 @@ class VAT(nn.Module):
         nx = block.norm1(x_NPD)
         if c.action_stream == "shared":
             # Nothing asks for the last layer's vision queries.
-            qkv = linear(nx, block.qkv, slice(c.width, None) if is_last else None)
+            qkv: Tensor = linear(nx, block.qkv, slice(c.width, None) if is_last else None)
             memory = qkv[..., -2 * c.width :].unflatten(0, (B, -1))
             memory = (memory[:, -1:] if c.shared_keys == "last_view" else memory).flatten(1, 2)
-        else:
-            memory = self.action_blocks[index].key_value(nx).unflatten(0, (B, -1)).flatten(1, 2)
-            qkv = None if is_last else block.qkv(nx)
-        return memory, x_NPD if is_last else block(x_NPD, qkv, ops)
+            return memory, x_NPD if is_last else block(x_NPD, qkv, ops)
+        memory = self.action_blocks[index].key_value(nx).unflatten(0, (B, -1)).flatten(1, 2)
+        return memory, x_NPD if is_last else block(x_NPD, block.qkv(nx), ops)
 
     def _embed(self, pixels_N3HW: Tensor) -> Tensor:
         """Patches with positions behind class and register tokens, (N, prefix + P, D)."""

@@ -185,9 +185,8 @@ class TritonExecutor(TorchExecutor):
 
     def _launch_patch_embed(self, step: Step, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Launch:
         o, images = step.options, inputs["pixels"]
-        weight, table = _pack_patches(
-            *(self.weights[step.weights[r]] for r in ("weight", "bias", "table")), o["prefix"]
-        )
+        own = {role: self.weights[name] for role, name in step.weights.items()}
+        weight, table = _pack_patches(own["weight"], own["bias"], own["table"], o["prefix"])
         weight = weight.to(outputs["y"].dtype)
         out = outputs["y"].unflatten(1, (o["views"], -1))
         stats = self._stats(step, outputs)

@@ -109,10 +109,10 @@ class RecordFolder:
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
         self.folder = Path(folder)
-        self.records: dict[EpisodeKey, EpisodeRecord] = {}
-        """Finished episodes, in the order in which they finished."""
         self._check_settings(json.loads(json.dumps(dict(settings))))
-        self._read()
+        self._drop_cut_off_line()
+        self.records = {record.key: record for record in read_records(folder)}
+        """Finished episodes, in the order in which they finished."""
 
     def append(self, record: EpisodeRecord, actions: NDArray[np.float32]) -> None:
         """Store a finished episode; it is on the disk when this returns."""
@@ -156,17 +156,26 @@ class RecordFolder:
                 f"{settings.get(name)!r}; take the same settings to continue it, or another folder"
             )
 
-    def _read(self) -> None:
+    def _drop_cut_off_line(self) -> None:
         path = self.folder / EPISODES_FILE
-        if not path.is_file():
-            return
-        text = path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if len(whole) < len(text):
-            write_text(path, whole)
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                record = EpisodeRecord.from_line(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-            self.records[record.key] = record
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if text and not text.endswith("\n"):
+            write_text(path, text[: text.rfind("\n") + 1])
+
+
+def read_records(folder: str | Path) -> list[EpisodeRecord]:
+    """The finished episodes in the folder of an evaluation, in the order in which they finished.
+
+    Raises:
+        ValueError: a line that is not a record.
+    """
+    path = Path(folder) / EPISODES_FILE
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    records = []
+    # What follows the last line end is being written, or was cut off.
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+        try:
+            records.append(EpisodeRecord.from_line(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return records

@@ -52,16 +52,28 @@ def task_names(suite: str) -> list[str]:
     return [_language(task) for task in tasks]
 
 
+def base_suite(suite: str) -> str:
+    """The official suite that a perturbed one comes from: "libero_goal_lan" -> "libero_goal".
+
+    Raises:
+        ValueError: a suite that comes from none.
+    """
+    for base in MAX_STEPS:
+        if suite == base or suite.startswith(f"{base}_"):
+            return base
+    raise ValueError(f"suite {suite!r} comes from none of {', '.join(MAX_STEPS)}")
+
+
 def max_steps(suite: str) -> int:
     """The authors' limit on the control steps of an episode; a perturbed suite has that of the suite it comes from.
 
     Raises:
         ValueError: a suite that the protocol says nothing about.
     """
-    for base, steps in MAX_STEPS.items():
-        if suite == base or suite.startswith(f"{base}_"):
-            return steps
-    raise ValueError(f"the protocol has no step limit for suite {suite!r}; give one (--max-steps)")
+    try:
+        return MAX_STEPS[base_suite(suite)]
+    except ValueError as error:
+        raise ValueError(f"{error}, so the protocol has no step limit for it: give one (--max-steps)") from error
 
 
 def _language(task: str) -> str:

@@ -103,11 +103,12 @@ def check(case: Case, tensors: dict[str, Tensor]) -> Row:
     except Exception as error:  # whatever stops one case must not stop the others; it fails the run
         row.message = f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
         return row
-    row.error = max(relative_error(tensors[name], truth[name]) for name in truth)
+    results = case.results(tensors)
+    row.error = max(relative_error(results[name], truth[name]) for name in truth)
     row.eager_error = max(relative_error(eager[name], truth[name]) for name in truth)
-    floor = 1e-5 if all(tensors[name].dtype == torch.float32 for name in truth) else 0.0
+    floor = 1e-5 if all(results[name].dtype == torch.float32 for name in truth) else 0.0
     row.passed = all(
-        relative_error(tensors[name], truth[name]) <= max(2 * relative_error(eager[name], truth[name]), floor)
+        relative_error(results[name], truth[name]) <= max(2 * relative_error(eager[name], truth[name]), floor)
         for name in truth
     )
     if not row.passed:

@@ -803,6 +803,19 @@ def check_rows(name: str, x: torch.Tensor) -> None:
         )
 
 
+def check_outputs(out: torch.Tensor, lse: torch.Tensor, shape: tuple[int, ...], num_heads: int) -> None:
+    """Raise unless out (B, T, D) has contiguous rows and lse is contiguous float32 (B, H, T)."""
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out has shape {tuple(out.shape)}, expected {shape}.")
+    check_rows("out", out)
+    batch, rows, _ = shape
+    if tuple(lse.shape) != (batch, num_heads, rows) or lse.dtype != torch.float32 or not lse.is_contiguous():
+        raise ValueError(
+            f"lse has shape {tuple(lse.shape)} and dtype {lse.dtype}, expected contiguous float32 "
+            f"{(batch, num_heads, rows)}."
+        )
+
+
 @dataclass(frozen=True)
 class SplitWorkspace:
     """Scratch of a forward split over keys. Counters are zero between launches; concurrent launches need their own."""

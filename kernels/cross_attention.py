@@ -148,6 +148,7 @@ def launch_cross_attention(
     Raises ValueError on wrong shapes, a dtype other than float32, float16 and bfloat16, or rows with gaps.
     """
     _check_for_kernels(q_BTD, kv_vision_BS2D, kv_extra_BE2D, num_heads, scale)
+    common.check_outputs(out_BTD, lse_BHT, tuple(q_BTD.shape), num_heads)
     k, v = _columns(kv_vision_BS2D)
     common.launch_forward(
         q_BTD, k, v, out_BTD, lse_BHT, num_heads, scale, _pick(CONFIGS, q_BTD, num_heads),

@@ -78,13 +78,15 @@ def _film_layernorm_kernel(
     task_ptr,  # (B,) or None
     weight_ptr,  # (D,)
     bias_ptr,  # (D,)
-    out_ptr,  # (B, N, D) contiguous
+    out_ptr,  # (B, N, D)
     mean_ptr,  # (B, N) fp32
     rstd_ptr,  # (B, N) fp32
     stride_xb,
+    stride_ob,
     num_rows,  # N
     eps,
     STRIDE_XN: tl.constexpr,
+    STRIDE_ON: tl.constexpr,
     STRIDE_FILM: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,  # at least D
@@ -106,7 +108,8 @@ def _film_layernorm_kernel(
     bias = tl.load(bias_ptr + cols, mask=mask, other=0.0).to(tl.float32)
     token = sample.to(tl.int64) * num_rows + row
     y = centred * rstd * weight + bias
-    tl.store(out_ptr + token * D + cols, y.to(out_ptr.dtype.element_ty), mask=mask)
+    out_row = out_ptr + sample.to(tl.int64) * stride_ob + row.to(tl.int64) * STRIDE_ON
+    tl.store(out_row + cols, y.to(out_ptr.dtype.element_ty), mask=mask)
     tl.store(mean_ptr + token, mean)
     tl.store(rstd_ptr + token, rstd)
 
@@ -265,17 +268,23 @@ def launch_film_layernorm(
 
     Args:
         x_BND ... task_id: as `film_layernorm`; x's and the FiLM rows' last stride is 1.
-        out_BND: (B, N, D) contiguous. mean_BN, rstd_BN: (B, N) fp32 contiguous.
+        out_BND: (B, N, D), last stride 1. mean_BN, rstd_BN: (B, N) fp32 contiguous.
 
     Raises:
         ValueError: shapes or strides that do not fit together.
     """
     B, N, D = x_BND.shape
     _check(x_BND, gamma, beta, weight_D, bias_D, task_id)
+    if out_BND.shape != x_BND.shape or out_BND.stride(-1) != 1:
+        raise ValueError(
+            f"out must be {tuple(x_BND.shape)} with last stride 1, got {tuple(out_BND.shape)} "
+            f"strides {out_BND.stride()}"
+        )
     config = configs.pick(CONFIGS, configs.current_arch(), D=D)
     _film_layernorm_kernel[(N, B)](
-        x_BND, gamma, beta, task_id, weight_D, bias_D, out_BND, mean_BN, rstd_BN, x_BND.stride(0), N, eps,
-        STRIDE_XN=x_BND.stride(1), STRIDE_FILM=0 if gamma is None else gamma.stride(0),
+        x_BND, gamma, beta, task_id, weight_D, bias_D, out_BND, mean_BN, rstd_BN,
+        x_BND.stride(0), out_BND.stride(0), N, eps,
+        STRIDE_XN=x_BND.stride(1), STRIDE_ON=out_BND.stride(1), STRIDE_FILM=0 if gamma is None else gamma.stride(0),
         D=D, BLOCK_D=triton.next_power_of_2(D), **config,
     )  # fmt: skip
 

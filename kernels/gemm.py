@@ -29,8 +29,10 @@ import triton.language as tl
 from torch import Tensor
 
 from vat_fast.kernels import configs, tables
+from vat_fast.kernels.eight_bit import LARGEST, Quantized, check_scales, quantize_rows
 
-ACTIVATIONS = ("none", "gelu")
+# "gelu" is exact (by erf); "gelu_tanh" the approximation that some timm backbones were trained with.
+ACTIVATIONS = ("none", "gelu", "gelu_tanh")
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -53,20 +55,25 @@ def linear_ref(
         x: (..., K).
         weight: (N, K).
         bias, layer_scale: (N,).
-        activation: "none" or "gelu" (exact, by erf).
+        activation: one of ``ACTIVATIONS``.
         residual: (..., N).
 
     Returns:
         (..., N) in x's dtype.
     """
-    y = F.linear(x, weight, bias)
-    if activation == "gelu":
-        y = F.gelu(y)
+    y = activate_ref(F.linear(x, weight, bias), activation)
     if layer_scale is not None:
         y = y * layer_scale
     if residual is not None:
         y = residual + y
     return y
+
+
+def activate_ref(y: Tensor, activation: str) -> Tensor:
+    """One of ``ACTIVATIONS`` by torch."""
+    if activation == "none":
+        return y
+    return F.gelu(y, approximate="none" if activation == "gelu" else "tanh")
 
 
 def norm_linear_ref(
@@ -113,6 +120,13 @@ def tile_index(pid, M, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.const
 def gelu(v):
     """Exact GELU in fp32."""
     return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+
+
+@triton.jit
+def gelu_tanh(v):
+    """GELU by tanh in fp32: 0.5 * (1 + tanh(u)) is the logistic function of 2u."""
+    u2 = 1.5957691216057308 * (v + 0.044715 * v * v * v)
+    return v / (1.0 + tl.exp(-u2))
 
 
 @triton.jit
@@ -174,26 +188,32 @@ def linear_epilogue(
     bias_ptr,  # (N,)
     scale_ptr,  # (N,) LayerScale
     residual_ptr,  # (M, N)
-    out_ptr,  # (M, N)
+    out_ptr,  # (M, N) or None
     film_gamma_ptr,  # (samples or tasks, N)
     film_beta_ptr,
     task_ptr,  # (samples,) or None
-    film_out_ptr,  # (M, N): out * (1 + gamma) + beta
+    film_out_ptr,  # (M, N) or None: out * (1 + gamma) + beta
     stats_ptr,  # (2, parts, rows)
+    eight_ptr,  # (M, N) 8 bits or None: the result, after FiLM if there is one
+    eight_scale_ptr,  # (tiles of N, rows) fp32
     stride_stats_plane,
     stride_stats_part,
+    stride_eight_scale,
     M,
     rows_per_sample,
     N: tl.constexpr,
     STRIDE_RM: tl.constexpr,
     STRIDE_OM: tl.constexpr,
     STRIDE_FM: tl.constexpr,
+    STRIDE_EM: tl.constexpr,
     STRIDE_GAMMA: tl.constexpr,
-    GELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LARGEST: tl.constexpr,  # of the 8-bit type
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Bias, GELU, LayerScale, residual, store; then FiLM of the result and its row statistics for the next norm."""
+    """Bias, GELU, LayerScale, residual, store; then FiLM of the result, its 8 bits and its row statistics for the next
+    norm."""
     rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_64 = rows.to(tl.int64)[:, None]
@@ -202,26 +222,36 @@ def linear_epilogue(
     mask = row_mask[:, None] & col_mask[None, :]
     if bias_ptr is not None:
         v += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    if GELU:
+    if ACTIVATION == "gelu":
         v = gelu(v)
+    elif ACTIVATION == "gelu_tanh":
+        v = gelu_tanh(v)
     if scale_ptr is not None:
         v *= tl.load(scale_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     if residual_ptr is not None:
         v += tl.load(residual_ptr + rows_64 * STRIDE_RM + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    y = v.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + rows_64 * STRIDE_OM + cols[None, :], y, mask=mask)
-    if film_out_ptr is not None:
+    # What follows is of the rounded values where they are stored: those are what the next op reads.
+    y = v
+    if out_ptr is not None:
+        y = v.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + rows_64 * STRIDE_OM + cols[None, :], y, mask=mask)
+    if film_gamma_ptr is not None:
         sample = rows // rows_per_sample
         if task_ptr is not None:
             sample = tl.load(task_ptr + sample, mask=row_mask, other=0).to(tl.int32)
         film_at = sample.to(tl.int64)[:, None] * STRIDE_GAMMA + cols[None, :]
         gamma = tl.load(film_gamma_ptr + film_at, mask=mask, other=0.0).to(tl.float32)
         beta = tl.load(film_beta_ptr + film_at, mask=mask, other=0.0).to(tl.float32)
-        y = (y.to(tl.float32) * (1.0 + gamma) + beta).to(film_out_ptr.dtype.element_ty)
-        tl.store(film_out_ptr + rows_64 * STRIDE_FM + cols[None, :], y, mask=mask)
+        y = y.to(tl.float32) * (1.0 + gamma) + beta
+        if film_out_ptr is not None:
+            y = y.to(film_out_ptr.dtype.element_ty)
+            tl.store(film_out_ptr + rows_64 * STRIDE_FM + cols[None, :], y, mask=mask)
+    wide = y.to(tl.float32)
+    if eight_ptr is not None:
+        q, q_scale = quantize_rows(tl.where(col_mask[None, :], wide, 0.0), eight_ptr.dtype.element_ty, LARGEST)
+        tl.store(eight_ptr + rows_64 * STRIDE_EM + cols[None, :], q, mask=mask)
+        tl.store(eight_scale_ptr + pid_n * stride_eight_scale + rows, q_scale, mask=row_mask)
     if stats_ptr is not None:
-        # Of the rounded values: those are what the next product reads.
-        wide = y.to(tl.float32)
         store_row_stats(stats_ptr, stride_stats_plane, stride_stats_part, pid_n, rows, row_mask, wide, cols, N, BLOCK_N)
 
 
@@ -240,12 +270,15 @@ def _linear_kernel(
     task_ptr,
     film_out_ptr,
     stats_out_ptr,
+    eight_ptr,
+    eight_scale_ptr,
     partial_ptr,  # (tiles, SPLIT_K, BLOCK_M, BLOCK_N) fp32
     counter_ptr,  # (tiles,) int32, zero between launches
     stride_stats_in_plane,
     stride_stats_in_part,
     stride_stats_out_plane,
     stride_stats_out_part,
+    stride_eight_scale,
     M,
     rows_per_sample,
     eps,
@@ -258,9 +291,11 @@ def _linear_kernel(
     STRIDE_RM: tl.constexpr,
     STRIDE_OM: tl.constexpr,
     STRIDE_FM: tl.constexpr,
+    STRIDE_EM: tl.constexpr,
     STRIDE_GAMMA: tl.constexpr,
     STATS_WIDTH: tl.constexpr,
-    GELU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LARGEST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -320,16 +355,21 @@ def _linear_kernel(
             task_ptr,
             film_out_ptr,
             stats_out_ptr,
+            eight_ptr,
+            eight_scale_ptr,
             stride_stats_out_plane,
             stride_stats_out_part,
+            stride_eight_scale,
             M,
             rows_per_sample,
             N,
             STRIDE_RM,
             STRIDE_OM,
             STRIDE_FM,
+            STRIDE_EM,
             STRIDE_GAMMA,
-            GELU,
+            ACTIVATION,
+            LARGEST,
             BLOCK_M,
             BLOCK_N,
         )
@@ -376,12 +416,13 @@ class Film:
     """FiLM of a GEMM's result, written beside it: out = y * (1 + gamma) + beta.
 
     gamma, beta: (samples, N), or with `task_id` a table (tasks, N) of the same row stride.
-    out: (M, N). task_id: (samples,) integers or None. rows_per_sample: M / samples.
+    out: (M, N), or None where only the 8-bit copy of the result is read. task_id: (samples,) integers or None.
+    rows_per_sample: M / samples.
     """
 
     gamma: Tensor
     beta: Tensor
-    out: Tensor
+    out: Tensor | None
     rows_per_sample: int
     task_id: Tensor | None = None
 
@@ -413,12 +454,18 @@ class Workspace:
         )
 
 
-def linear_config(M: int, N: int, K: int, dtype: torch.dtype, arch: configs.Arch | None = None) -> dict[str, Any]:
-    """The shipped configuration of ``launch_linear`` for a shape; BLOCK_N is the width of the statistics it leaves."""
+def linear_config(
+    M: int, N: int, K: int, dtype: torch.dtype, arch: configs.Arch | None = None, eight_out: bool = False
+) -> dict[str, Any]:
+    """The shipped configuration of ``launch_linear`` for a shape; BLOCK_N is the width of the statistics it leaves.
+
+    eight_out: the launch also writes 8 bits, whose groups are the column tiles: BLOCK_N is the same on every target.
+    """
     if dtype not in DTYPE_NAMES:
         raise ValueError(f"linear takes {', '.join(DTYPE_NAMES.values())}, got {dtype}; cast the inputs")
     arch = configs.current_arch() if arch is None else arch
-    return with_splits(configs.pick(CONFIGS, arch, M=M, N=N, K=K, dtype=DTYPE_NAMES[dtype]), K)
+    table = GROUPED_CONFIGS if eight_out else CONFIGS
+    return with_splits(configs.pick(table, arch, M=M, N=N, K=K, dtype=DTYPE_NAMES[dtype]), K)
 
 
 def with_splits(config: dict[str, Any], K: int) -> dict[str, Any]:
@@ -463,7 +510,7 @@ def launch_row_stats(x_MK: Tensor, stats: RowStats) -> None:
 def launch_linear(
     x_MK: Tensor,
     weight_NK: Tensor,
-    out_MN: Tensor,
+    out_MN: Tensor | None,
     *,
     bias_N: Tensor | None = None,
     activation: str = "none",
@@ -474,6 +521,7 @@ def launch_linear(
     eps: float = 1e-6,
     film: Film | None = None,
     stats_out: RowStats | None = None,
+    eight_out: Quantized | None = None,
     workspace: Workspace | None = None,
     config: dict[str, Any] | None = None,
 ) -> None:
@@ -481,12 +529,13 @@ def launch_linear(
 
     Args:
         x_MK: (M, K) fp16, bf16 or fp32, any strides; weight_NK: (N, K), same dtype, any strides.
-        out_MN: (M, N), written; last stride 1. May be residual_MN itself.
+        out_MN: (M, N), written; last stride 1. May be residual_MN itself. None: only FiLM or 8 bits of it are wanted.
         bias_N, layer_scale_N: (N,) any float dtype. residual_MN: (M, N), last stride 1.
-        activation: "none" or "gelu".
+        activation: one of ``ACTIVATIONS``.
         norm, row_sum_N, eps: statistics of x and the folded weight's row sums (``fold_layernorm``); both or neither.
-        film: also write FiLM of the result.
-        stats_out: also write row statistics, of film.out if film is given, else of out; width must be BLOCK_N.
+        film: also write FiLM of the result. film.out may be residual_MN, with another out or none.
+        stats_out: also write row statistics, of FiLM's result if film is given, else of out; width must be BLOCK_N.
+        eight_out: also write 8 bits of what stats_out are of, in groups of BLOCK_N columns.
         workspace: needed when the configuration splits K.
         config: instead of the shipped configuration.
 
@@ -496,9 +545,10 @@ def launch_linear(
     M, K = x_MK.shape
     N = weight_NK.shape[0]
     if config is None:
-        config = linear_config(M, N, K, x_MK.dtype)
-    _check_linear(x_MK, weight_NK, out_MN, bias_N, activation, residual_MN, layer_scale_N, norm, row_sum_N)
-    check_outputs(M, N, film, stats_out, config["BLOCK_N"])
+        config = linear_config(M, N, K, x_MK.dtype, eight_out=eight_out is not None)
+    _check_linear(x_MK, weight_NK)
+    check_inputs(M, N, K, bias_N, activation, residual_MN, layer_scale_N, norm, row_sum_N)
+    check_outputs(M, N, out_MN, film, stats_out, eight_out, config["BLOCK_N"])
     tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
     split_k = check_split(M, N, K, workspace, config)
     _linear_kernel[(tiles, split_k)](
@@ -510,11 +560,12 @@ def launch_linear(
         layer_scale_N,
         residual_MN,
         out_MN,
-        *epilogue_pointers(film, stats_out),
+        *epilogue_pointers(film, stats_out, eight_out),
         workspace.partials if workspace and split_k > 1 else None,
         workspace.counters if workspace and split_k > 1 else None,
         *(norm.values.stride()[:2] if norm else (0, 0)),
         *(stats_out.values.stride()[:2] if stats_out else (0, 0)),
+        eight_out.scales.stride(0) if eight_out else 0,
         M,
         film.rows_per_sample if film else 1,
         eps,
@@ -524,22 +575,37 @@ def launch_linear(
         STRIDE_XK=x_MK.stride(1),
         STRIDE_WN=weight_NK.stride(0),
         STRIDE_WK=weight_NK.stride(1),
-        STRIDE_RM=residual_MN.stride(0) if residual_MN is not None else 0,
-        STRIDE_OM=out_MN.stride(0),
-        STRIDE_FM=film.out.stride(0) if film else 0,
-        STRIDE_GAMMA=film.gamma.stride(0) if film else 0,
         STATS_WIDTH=norm.width if norm else 0,
-        GELU=activation == "gelu",
+        ACTIVATION=activation,
+        **epilogue_constants(residual_MN, out_MN, film, eight_out),
         **config,
     )
 
 
-def epilogue_pointers(film: Film | None, stats_out: RowStats | None) -> tuple[Tensor | None, ...]:
-    """gamma, beta, task ids, FiLM output and statistics in the kernels' argument order."""
-    stats = stats_out.values if stats_out else None
-    if film is None:
-        return None, None, None, None, stats
-    return film.gamma, film.beta, film.task_id, film.out, stats
+def epilogue_pointers(
+    film: Film | None, stats_out: RowStats | None, eight_out: Quantized | None
+) -> tuple[Tensor | None, ...]:
+    """gamma, beta, task ids, FiLM output, statistics, 8 bits and their scales in the kernels' argument order."""
+    rest = (
+        stats_out.values if stats_out else None,
+        eight_out.values if eight_out else None,
+        eight_out.scales if eight_out else None,
+    )
+    return (film.gamma, film.beta, film.task_id, film.out, *rest) if film else (None, None, None, None, *rest)
+
+
+def epilogue_constants(
+    residual: Tensor | None, out: Tensor | None, film: Film | None, eight_out: Quantized | None
+) -> dict[str, int | float]:
+    """Row strides of what the epilogue touches, and the range of the 8-bit type."""
+    return {
+        "STRIDE_RM": residual.stride(0) if residual is not None else 0,
+        "STRIDE_OM": out.stride(0) if out is not None else 0,
+        "STRIDE_FM": film.out.stride(0) if film and film.out is not None else 0,
+        "STRIDE_EM": eight_out.values.stride(0) if eight_out else 0,
+        "STRIDE_GAMMA": film.gamma.stride(0) if film else 0,
+        "LARGEST": LARGEST[eight_out.values.dtype] if eight_out else 0.0,
+    }
 
 
 def check_split(M: int, N: int, K: int, workspace: Workspace | None, config: dict[str, Any]) -> int:
@@ -560,8 +626,32 @@ def check_split(M: int, N: int, K: int, workspace: Workspace | None, config: dic
     return split_k
 
 
-def check_outputs(M: int, N: int, film: Film | None, stats_out: RowStats | None, block_n: int) -> None:
-    """Reject FiLM tables, FiLM outputs and statistics that do not fit an (M, N) result in tiles of block_n columns."""
+def check_outputs(
+    M: int,
+    N: int,
+    out: Tensor | None,
+    film: Film | None,
+    stats_out: RowStats | None,
+    eight_out: Quantized | None,
+    block_n: int,
+) -> None:
+    """Reject what does not fit an (M, N) result in tiles of block_n columns, or leaves nothing to write."""
+    if out is not None and (out.shape != (M, N) or out.stride(1) != 1):
+        raise ValueError(f"out must be ({M}, {N}) with last stride 1, got {tuple(out.shape)} strides {out.stride()}")
+    if out is None and eight_out is None and (film is None or film.out is None):
+        raise ValueError("a linear needs something to write: out, film.out or eight_out; got none")
+    if eight_out is not None:
+        check_scales(eight_out)
+        values = eight_out.values
+        if values.shape != (M, N) or values.stride(1) != 1 or values.dtype not in LARGEST:
+            raise ValueError(
+                f"eight_out must be int8 or float8_e4m3fn ({M}, {N}) with last stride 1, got {values.dtype} "
+                f"{tuple(values.shape)} strides {values.stride()}"
+            )
+        if eight_out.group != block_n:
+            raise ValueError(
+                f"an 8-bit result must be in groups of BLOCK_N={block_n} columns, got groups of {eight_out.group}"
+            )
     if film is not None:
         samples = triton.cdiv(M, film.rows_per_sample)
         if M % film.rows_per_sample or film.gamma.shape != film.beta.shape or film.gamma.shape[1] != N:
@@ -572,10 +662,10 @@ def check_outputs(M: int, N: int, film: Film | None, stats_out: RowStats | None,
         given = film.gamma.shape[0] if film.task_id is None else film.task_id.numel()
         if given != samples:
             raise ValueError(f"FiLM needs one gamma row or task id for each of {samples} samples, got {given}")
-        if film.gamma.stride() != film.beta.stride() or film.gamma.stride(1) != 1 or film.out.stride(1) != 1:
-            raise ValueError("FiLM's gamma, beta and out need last stride 1, gamma and beta the same strides")
-        if film.out.shape != (M, N):
-            raise ValueError(f"film.out must be ({M}, {N}), got {tuple(film.out.shape)}")
+        if film.gamma.stride() != film.beta.stride() or film.gamma.stride(1) != 1:
+            raise ValueError("FiLM's gamma and beta need last stride 1 and the same strides")
+        if film.out is not None and (film.out.shape != (M, N) or film.out.stride(1) != 1):
+            raise ValueError(f"film.out must be ({M}, {N}) with last stride 1, got {tuple(film.out.shape)}")
     if stats_out is not None:
         parts = stats_parts(N, block_n)
         shape = stats_out.values.shape
@@ -586,10 +676,18 @@ def check_outputs(M: int, N: int, film: Film | None, stats_out: RowStats | None,
             )
 
 
-def _check_linear(
-    x_MK: Tensor,
-    weight_NK: Tensor,
-    out_MN: Tensor,
+def _check_linear(x: Tensor, weight: Tensor) -> None:
+    if weight.ndim != 2 or weight.shape[1] != x.shape[1] or weight.dtype != x.dtype:
+        raise ValueError(
+            f"x {tuple(x.shape)} {x.dtype} needs a weight (N, {x.shape[1]}) of the same dtype, "
+            f"got {tuple(weight.shape)} {weight.dtype}"
+        )
+
+
+def check_inputs(
+    M: int,
+    N: int,
+    K: int,
     bias_N: Tensor | None,
     activation: str,
     residual_MN: Tensor | None,
@@ -597,19 +695,14 @@ def _check_linear(
     norm: RowStats | None,
     row_sum_N: Tensor | None,
 ) -> None:
-    (M, K), N = x_MK.shape, weight_NK.shape[0]
-    if weight_NK.shape != (N, K) or weight_NK.dtype != x_MK.dtype:
-        raise ValueError(
-            f"x {tuple(x_MK.shape)} {x_MK.dtype} needs a weight (N, {K}) of the same dtype, "
-            f"got {tuple(weight_NK.shape)} {weight_NK.dtype}"
-        )
+    """Reject optional inputs that do not fit a product (M, K) @ (N, K)^T."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    for name, tensor in (("out", out_MN), ("residual", residual_MN)):
-        if tensor is not None and (tensor.shape != (M, N) or tensor.stride(1) != 1):
-            raise ValueError(
-                f"{name} must be ({M}, {N}) with last stride 1, got {tuple(tensor.shape)} strides {tensor.stride()}"
-            )
+    if residual_MN is not None and (residual_MN.shape != (M, N) or residual_MN.stride(1) != 1):
+        raise ValueError(
+            f"residual must be ({M}, {N}) with last stride 1, got {tuple(residual_MN.shape)} "
+            f"strides {residual_MN.stride()}"
+        )
     for name, tensor in (("bias", bias_N), ("layer_scale", layer_scale_N), ("row_sum", row_sum_N)):
         if tensor is not None and (tensor.shape != (N,) or not tensor.is_contiguous()):
             raise ValueError(f"{name} must be a contiguous ({N},), got {tuple(tensor.shape)}; slice or copy it")
@@ -748,3 +841,4 @@ _FP32 = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 8, "SPLIT_K": 1
 CONFIGS: configs.ConfigTable = {
     arch: [({"dtype": "fp32"}, _FP32), *configs.rules(rows)] for arch, rows in tables.LINEAR.items()
 }
+GROUPED_CONFIGS: configs.ConfigTable = {arch: configs.rules(rows) for arch, rows in tables.GROUPED_LINEAR.items()}

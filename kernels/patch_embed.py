@@ -13,7 +13,7 @@ Inference only: no backward.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vat_fast.kernels import configs
+from vat_fast.kernels import configs, tables
 from vat_fast.kernels.gemm import DTYPE_NAMES, RowStats, check_outputs, store_row_stats, tile_index
 
 # uint8 centred on this is exact in bf16, fp16 and int8.
@@ -113,7 +113,7 @@ def _patch_embed_kernel(
     image_ptr,  # (B, V, H, W, 3) uint8, each view contiguous
     w_ptr,  # (D, K)
     table_ptr,  # (prefix + patches, D) fp32
-    out_ptr,  # (M, D), M = B * V * (prefix + patches)
+    out_ptr,  # (M, D) rows STRIDE_OM apart, M = B * V * (prefix + patches)
     stats_ptr,  # (2, parts, M) fp32 or None
     stride_stats_plane,
     stride_stats_part,
@@ -124,6 +124,7 @@ def _patch_embed_kernel(
     STRIDE_B: tl.constexpr,
     STRIDE_V: tl.constexpr,
     STRIDE_H: tl.constexpr,
+    STRIDE_OM: tl.constexpr,
     PATCH: tl.constexpr,
     GRID: tl.constexpr,  # patches per side
     PREFIX: tl.constexpr,
@@ -167,7 +168,7 @@ def _patch_embed_kernel(
     mask = (rows < M)[:, None] & col_mask[None, :]
     table = tl.load(table_ptr + token[:, None] * D + cols[None, :], mask=mask, other=0.0)
     y = (tl.where(is_patch[:, None], acc, 0.0) + table).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + rows.to(tl.int64)[:, None] * D + cols[None, :], y, mask=mask)
+    tl.store(out_ptr + rows.to(tl.int64)[:, None] * STRIDE_OM + cols[None, :], y, mask=mask)
     if stats_ptr is not None:
         wide = y.to(tl.float32)
         store_row_stats(stats_ptr, stride_stats_plane, stride_stats_part, pid_n, rows, rows < M, wide, cols, D, BLOCK_N)
@@ -183,7 +184,7 @@ def patch_embed_config(M: int, D: int, dtype: torch.dtype, arch: configs.Arch | 
     if dtype not in DTYPE_NAMES:
         raise ValueError(f"patch_embed writes {', '.join(DTYPE_NAMES.values())}, got {dtype}; convert the weights")
     arch = configs.current_arch() if arch is None else arch
-    return configs.pick(CONFIGS, arch, M=M, N=D, dtype=DTYPE_NAMES[dtype])
+    return configs.pick(CONFIGS, arch, M=M, N=D, K=0, dtype=DTYPE_NAMES[dtype])
 
 
 def launch_patch_embed(
@@ -203,7 +204,7 @@ def launch_patch_embed(
     Args:
         images_BVHWC: (B, V, H, W, 3) uint8; each view's pixels contiguous along W and 3, any strides above.
         weight_DK, table_LD: from ``pack_patch_embed``.
-        out_BVLD: (B, V, prefix + patches, D) contiguous, weight_DK's dtype; written.
+        out_BVLD: (B, V, prefix + patches, D), weight_DK's dtype, all rows the same stride apart; written.
         patch: pixels per patch side. prefix: tokens in front of each view's patches.
         crop: (top, left) of the square of patches inside the image.
         stats_out: row statistics of the tokens, width BLOCK_N; written.
@@ -219,7 +220,7 @@ def launch_patch_embed(
     M = B * V * L
     if config is None:
         config = patch_embed_config(M, D, weight_DK.dtype)
-    check_outputs(M, D, None, stats_out, config["BLOCK_N"])
+    check_outputs(M, D, out_BVLD.flatten(0, 2), None, stats_out, None, config["BLOCK_N"])
     _patch_embed_kernel[(triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(D, config["BLOCK_N"]),)](
         images_BVHWC,
         weight_DK,
@@ -233,6 +234,7 @@ def launch_patch_embed(
         STRIDE_B=images_BVHWC.stride(0),
         STRIDE_V=images_BVHWC.stride(1),
         STRIDE_H=images_BVHWC.stride(2),
+        STRIDE_OM=out_BVLD.stride(2),
         PATCH=patch,
         GRID=grid,
         PREFIX=prefix,
@@ -256,8 +258,12 @@ def _check_patch_embed(
     L, D = table.shape
     if weight.shape[0] != D or table.dtype != torch.float32 or not table.is_contiguous():
         raise ValueError(f"the table must be fp32 (tokens, {weight.shape[0]}), got {table.dtype} {tuple(table.shape)}")
-    if out.shape != (B, V, L, D) or out.dtype != weight.dtype or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous {(B, V, L, D)} {weight.dtype}, got {tuple(out.shape)} {out.dtype}")
+    row = out.stride(-2) if out.ndim == 4 else 0
+    if out.shape != (B, V, L, D) or out.dtype != weight.dtype or out.stride() != (V * L * row, L * row, row, 1):
+        raise ValueError(
+            f"out must be {(B, V, L, D)} {weight.dtype} with evenly spaced rows, got {tuple(out.shape)} {out.dtype} "
+            f"strides {out.stride()}"
+        )
     side = grid * patch
     if min(crop) < 0 or crop[0] + side > H or crop[1] + side > W:
         raise ValueError(f"a crop of {side}x{side} at {crop} leaves the {H}x{W} image; move it or resize the image")
@@ -306,14 +312,18 @@ def _(
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def _config(m: int, n: int, k: int, warps: int, stages: int) -> dict[str, int]:
-    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": 8, "num_warps": warps, "num_stages": stages}
+# fp32 is for checking, as in ``gemm``.
+_FP32 = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP_M": 8, "num_warps": 4, "num_stages": 2}
 
 
-CONFIGS: dict[configs.Arch, list[tuple[dict[str, Any], dict[str, int]]]] = {
-    "default": [
-        ({"dtype": "fp32"}, _config(32, 32, 32, 4, 2)),
-        ({"M": 2048}, _config(64, 64, 32, 4, 3)),
-        ({}, _config(64, 128, 32, 4, 3)),
-    ],
+def _without_split(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name != "SPLIT_K"}
+
+
+CONFIGS: configs.ConfigTable = {
+    arch: [
+        ({"dtype": "fp32"}, _FP32),
+        *((conditions, _without_split(config)) for conditions, config in configs.rules(rows)),
+    ]
+    for arch, rows in tables.PATCH_EMBED.items()
 }

@@ -5,7 +5,8 @@
 
 For every shape class of the tables each configuration that fits is checked against PyTorch and timed. The fastest row
 wins; its class is recorded in MEASURED with the card and the date, and the test that holds the tables to the static
-model leaves measured targets alone.
+model leaves measured targets alone. flash-attn, where it is installed, is timed against the Triton vision attention;
+``vision_attention_backend`` then takes the faster.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ from pathlib import Path
 
 import torch
 
-from vat_fast.kernels import configs, gemm, low_precision, static_model, tables, timing
+from vat_fast.kernels import configs, eight_bit, gemm, low_precision, static_model, tables, timing
 from vat_fast.kernels.gemm import Workspace
+from vat_fast.kernels.patch_embed import PIXEL_CENTRE, launch_patch_embed
 from vat_fast.kernels.static_model import Blocks, Device
+from vat_fast.kernels.vision_attention import (
+    FLASH_ATTN_INSTALLED,
+    flash_attention,
+    launch_vision_attention,
+    vision_attention_ref,
+)
 
 TABLES = Path(tables.__file__)
 NO_GPU = 2
@@ -77,8 +85,8 @@ def linear_call(M: int, N: int, K: int, blocks: Blocks, device: str) -> Callable
 
 def quant_linear_call(M: int, N: int, K: int, blocks: Blocks, device: str) -> Callable[[], torch.Tensor]:
     """The same for the 1-byte GEMM, in int8: every target has it, and fp8 moves the same bytes."""
-    x = low_precision.quantize_ref(torch.randn(M, K, device=device), torch.int8)
-    weight, scale = low_precision.quantize_weight(torch.randn(N, K, device=device), torch.int8)
+    x = eight_bit.quantize_ref(torch.randn(M, K, device=device), torch.int8)
+    weight, scale = eight_bit.quantize_weight(torch.randn(N, K, device=device), torch.int8)
     out = torch.empty(M, N, dtype=torch.bfloat16, device=device)
     scratch = Workspace.allocate(Workspace.sizes(M, N, vars(blocks)), device)
 
@@ -90,13 +98,40 @@ def quant_linear_call(M: int, N: int, K: int, blocks: Blocks, device: str) -> Ca
     return call
 
 
-def _check(actual: torch.Tensor, truth: torch.Tensor, blocks: Blocks) -> None:
+def patch_embed_call(M: int, N: int, K: int, blocks: Blocks, device: str) -> Callable[[], torch.Tensor]:
+    """The patch embedding of about M patches of 14 x 14 pixels, two views of 16 x 16 patches a sample."""
+    side, patch = 16, 14
+    batch = max(1, M // (2 * side * side))
+    images = torch.randint(0, 256, (batch, 2, side * patch, side * patch, 3), dtype=torch.uint8, device=device)
+    weight = (torch.randn(N, K, device=device) * 0.01).bfloat16()
+    weight[:, 3 * patch * patch :] = 0
+    table = torch.randn(side * side, N, device=device)
+    out = torch.empty(batch, 2, side * side, N, dtype=torch.bfloat16, device=device)
+    config = {name: value for name, value in vars(blocks).items() if name != "SPLIT_K"}
+
+    def call() -> torch.Tensor:
+        launch_patch_embed(images, weight, table, out, patch=patch, config=dict(config))
+        return out
+
+    pixels = (images.double() - PIXEL_CENTRE).unflatten(3, (-1, patch)).unflatten(2, (-1, patch))
+    features = pixels.transpose(3, 4).flatten(4).flatten(2, 3)
+    _check(call(), features @ weight[:, : features.shape[-1]].double().t() + table.double(), blocks)
+    return call
+
+
+def _check(actual: torch.Tensor, truth: torch.Tensor, what: object) -> None:
     error = ((actual.double() - truth).norm() / truth.norm()).item()
     if not error < TOLERANCE:
-        raise RuntimeError(f"wrong result with {blocks}: relative error {error:.1e}")
+        raise RuntimeError(f"wrong result with {what}: relative error {error:.1e}")
 
 
-TABLE_OPS = {"LINEAR": (2, linear_call), "QUANT_LINEAR": (1, quant_linear_call)}
+TABLE_OPS = {
+    "LINEAR": linear_call,
+    "QUANT_LINEAR": quant_linear_call,
+    "GROUPED_LINEAR": linear_call,
+    "GROUPED_QUANT_LINEAR": quant_linear_call,
+    "PATCH_EMBED": patch_embed_call,
+}
 
 
 def retuned(
@@ -104,21 +139,64 @@ def retuned(
 ) -> Iterator[tuple[str, list[tables.Row]]]:
     """(table's name, this device's rows) by `time(name, M, N, K, blocks)`."""
     for name in names:
-        element = TABLE_OPS[name][0]
+        spec = static_model.TABLES[name]
 
-        def choose(M: int, N: int, K: int, name: str = name, element: int = element) -> Blocks:
-            blocks = list(static_model.candidates(M, N, K, element, device))
+        def choose(M: int, N: int, K: int, name: str = name, spec: static_model.TableSpec = spec) -> Blocks:
+            blocks = list(spec.candidates(M, N, K, device))
             return fastest(blocks, lambda candidate: time(name, M, N, K, candidate))
 
-        yield name, static_model.table_of(choose)
+        yield name, spec.table_of(choose)
 
 
-def source(rows: dict[str, list[tables.Row]], arch: configs.Arch, note: str) -> str:
-    """kernels/tables.py with `rows` in place of those of `arch`, and `note` in MEASURED."""
+# Head dims of the backbones, and views of 256 patches: a rollout, a few, a training batch.
+HEAD_DIMS = (64, 72, 96)
+VIEWS = (2, 8, 32)
+PATCHES, HEADS = 256, 16
+FlashRows = list[tuple[int, int | None, float, float]]
+
+
+def vision_attention_calls(head_dim: int, views: int, device: str) -> dict[str, Callable[[], torch.Tensor]]:
+    """Triton's and flash-attn's vision attention on the same random data, each checked."""
+    qkv = torch.randn(views, PATCHES, 3 * HEADS * head_dim, device=device).bfloat16()
+    scale = head_dim**-0.5
+    out = torch.empty(views, PATCHES, HEADS * head_dim, dtype=torch.bfloat16, device=device)
+    lse = torch.empty(views, HEADS, PATCHES, device=device)
+
+    def ours() -> torch.Tensor:
+        launch_vision_attention(qkv, HEADS, scale, out, lse)
+        return out
+
+    def flash() -> torch.Tensor:
+        return flash_attention(qkv, HEADS, scale)
+
+    calls = {"triton": ours, "flash_attn": flash}
+    truth = vision_attention_ref(qkv.double(), HEADS, scale)
+    for name, call in calls.items():
+        _check(call(), truth, name)
+    return calls
+
+
+def flash_rows(time: Callable[[str, int, int], float]) -> FlashRows:
+    """Rows of tables.FLASH_ATTENTION for one card by `time(provider, head dim, views)`; the last bound is open."""
+    return [
+        (
+            head_dim,
+            None if views == VIEWS[-1] else views * PATCHES,
+            round(time("triton", head_dim, views), 2),
+            round(time("flash_attn", head_dim, views), 2),
+        )
+        for head_dim in HEAD_DIMS
+        for views in VIEWS
+    ]
+
+
+def source(rows: dict[str, list[tables.Row]], arch: configs.Arch, note: str, flash: FlashRows | None = None) -> str:
+    """kernels/tables.py with `rows` and, if measured, `flash` in place of those of `arch`, and `note` in MEASURED."""
     contents = {name: dict(getattr(tables, name)) for name in TABLE_OPS}
     for name, new in rows.items():
         contents[name][arch] = new
-    return static_model.format_tables(contents, tables.MEASURED | {arch: note})
+    choices = tables.FLASH_ATTENTION if flash is None else tables.FLASH_ATTENTION | {arch: flash}
+    return static_model.format_tables(contents, tables.MEASURED | {arch: note}, choices)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,14 +212,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arch, device = configs.current_arch(), device_of_this_machine()
 
     def time(name: str, M: int, N: int, K: int, blocks: Blocks) -> float:
-        call = TABLE_OPS[name][1](M, N, K, blocks, "cuda")
+        call = TABLE_OPS[name](M, N, K, blocks, "cuda")
         result = timing.time_graph(name, call, options.samples).median_us
         print(f"{name} M={M} N={N} K={K} {blocks}: {result:.1f} us", file=sys.stderr, flush=True)
         return result
 
     rows = dict(retuned(device, time, options.tables))
     note = f"{torch.cuda.get_device_name()}, {date.today()}, {timing.METHOD}"
-    text = source(rows, arch, note)
+    flash = None
+    if FLASH_ATTN_INSTALLED:
+
+        def time_attention(provider: str, head_dim: int, views: int) -> float:
+            call = vision_attention_calls(head_dim, views, "cuda")[provider]
+            result = timing.time_graph(provider, call, options.samples).median_us
+            print(f"{provider} head dim {head_dim}, {views} views: {result:.1f} us", file=sys.stderr, flush=True)
+            return result
+
+        flash = flash_rows(time_attention)
+    else:
+        print("flash-attn is not installed: it is not compared with Triton's attention", file=sys.stderr)
+    text = source(rows, arch, note, flash)
     print(text)
     if options.write:
         TABLES.write_text(text)

@@ -13,7 +13,7 @@ writes the shipped tables; ``python -m vat_fast.kernels.retune`` replaces them b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from vat_fast.kernels.configs import Arch
@@ -180,18 +180,37 @@ MOST_PADDING = 1.03
 WIDEST_WITHOUT_GELU = 2048
 
 
-def candidates(M: int, N: int, K: int, element: int, device: Device) -> Iterator[Blocks]:
-    """Configurations that fit the device at least twice and waste no tile on few rows."""
-    for block_m, block_n, block_k, warps, stages in TILES:
-        if block_m > max(16, 2 ** math.ceil(math.log2(M))):
+def group_of(N: int) -> int:
+    """Columns per scale where a GEMM of N columns also writes 8 bits: its column tile, the same on every target.
+
+    128 columns leave the reader fewest scales; a narrow layer would fill no machine with them.
+    """
+    return 64 if N <= 2048 else 128
+
+
+def candidates(
+    M: int,
+    N: int,
+    K: int,
+    element: int,
+    device: Device,
+    block_n: int | None = None,
+    tiles: Sequence[tuple[int, ...]] = TILES,
+    splits: Sequence[int] = SPLITS,
+) -> Iterator[Blocks]:
+    """Configurations that fit the device at least twice and waste no tile on few rows; only of block_n if given."""
+    for block_m, tile_n, block_k, warps, stages in tiles:
+        if block_m > max(16, 2 ** math.ceil(math.log2(M))) or block_n not in (None, tile_n):
             continue
         if not isinstance(device.arch, int):
             stages = 2  # MI300 pipelines through registers; more stages only fill its 64 KB
-        largest = block_m * block_n >= 128 * 128
+        if block_m > 64 and block_n is not None and element == 1:
+            continue  # partial product, running sum and a residual, statistics and 8 bits in the epilogue spill there
+        largest = block_m * tile_n >= 128 * 128
         if largest and (N > WIDEST_WITHOUT_GELU or device.arch == 110):
             continue
-        for split in (1,) if largest else SPLITS:
-            blocks = Blocks(block_m, block_n, block_k * 2 // element, 8, split, warps, stages)
+        for split in (1,) if largest else splits:
+            blocks = Blocks(block_m, tile_n, block_k * 2 // element, 8, split, warps, stages)
             steps = math.ceil(K / blocks.BLOCK_K)
             padded = steps * blocks.BLOCK_K > MOST_PADDING * K
             if split <= steps and not padded and blocks_per_multiprocessor(blocks, element, device) >= FEWEST_RESIDENT:
@@ -200,8 +219,13 @@ def candidates(M: int, N: int, K: int, element: int, device: Device) -> Iterator
 
 def choose(M: int, N: int, K: int, element: int, device: Device) -> Blocks:
     """The fastest candidate by the estimate; of those that HBM makes equal, the one with most room on chip."""
+    return fastest(M, N, K, element, device, candidates(M, N, K, element, device))
+
+
+def fastest(M: int, N: int, K: int, element: int, device: Device, blocks: Iterable[Blocks]) -> Blocks:
+    """The best of some configurations, as ``choose``."""
     return min(
-        candidates(M, N, K, element, device),
+        blocks,
         key=lambda blocks: (*microseconds(M, N, K, blocks, element, device), blocks.SPLIT_K, blocks),
     )
 
@@ -209,28 +233,66 @@ def choose(M: int, N: int, K: int, element: int, device: Device) -> Blocks:
 # A rule covers everything up to its bound; the bound itself is what the model looks at. The last bounds are open.
 ROWS = (16, 64, 128, 256, 512, 768, 1024, 4096, 16384)
 LAYERS = ((2048, 2048, 1152, 1152), (2048, None, 1152, 4304), (None, None, 4304, 1152))  # N, K bounds; N, K modelled
+# GEMMs that also write 8 bits: of 16-bit operands the output projection, of 8-bit ones fc2 and fc1.
+GROUPED_ROWS = (64, 256, 768, 1024, 16384)
 
 
-def table_of(choose: Callable[[int, int, int], Blocks]) -> list[tuple[int | None, ...]]:
-    """Rows (M, N, K bounds, then the fields of Blocks) from a choice per (M, N, K); None is no bound."""
-    rows: list[tuple[int | None, ...]] = []
-    for n_bound, k_bound, N, K in LAYERS:
-        layer: list[tuple[int | None, ...]] = []
-        for M in ROWS:
-            fields = tuple(vars(choose(M, N, K)).values())
-            if layer and layer[-1][3:] == fields:
-                layer.pop()  # the next bound covers it
-            layer.append((None if ROWS[-1] == M else M, n_bound, k_bound, *fields))
-        rows += layer
-    return rows
+@dataclass(frozen=True)
+class TableSpec:
+    """What one table of kernels/tables.py is for. grouped: its GEMMs also write 8 bits, BLOCK_N is ``group_of``(N)."""
+
+    element: int
+    layers: tuple[tuple[int | None, int | None, int, int], ...] = LAYERS
+    rows: tuple[int, ...] = ROWS
+    grouped: bool = False
+    tiles: tuple[tuple[int, ...], ...] = TILES
+    splits: tuple[int, ...] = SPLITS
+
+    def candidates(self, M: int, N: int, K: int, device: Device) -> Iterator[Blocks]:
+        """Configurations worth timing at one shape."""
+        block_n = group_of(N) if self.grouped else None
+        return candidates(M, N, K, self.element, device, block_n, self.tiles, self.splits)
+
+    def choose(self, M: int, N: int, K: int, device: Device) -> Blocks:
+        """The model's choice at one shape."""
+        return fastest(M, N, K, self.element, device, self.candidates(M, N, K, device))
+
+    def table_of(self, choose: Callable[[int, int, int], Blocks]) -> list[tuple[int | None, ...]]:
+        """Rows (M, N, K bounds, then the fields of Blocks) from a choice per (M, N, K); None is no bound."""
+        table: list[tuple[int | None, ...]] = []
+        for n_bound, k_bound, N, K in self.layers:
+            layer: list[tuple[int | None, ...]] = []
+            for M in self.rows:
+                fields = tuple(vars(choose(M, N, K)).values())
+                if layer and layer[-1][3:] == fields:
+                    layer.pop()  # the next bound covers it
+                layer.append((None if self.rows[-1] == M else M, n_bound, k_bound, *fields))
+            table += layer
+        return table
 
 
-def choose_table(element: int, device: Device) -> list[tuple[int | None, ...]]:
-    """The rows that the model chooses for one device."""
-    return table_of(lambda M, N, K: choose(M, N, K, element, device))
+TABLES = {
+    "LINEAR": TableSpec(2),
+    "QUANT_LINEAR": TableSpec(1),
+    "GROUPED_LINEAR": TableSpec(2, ((None, None, 1152, 1152),), GROUPED_ROWS, grouped=True),
+    "GROUPED_QUANT_LINEAR": TableSpec(1, LAYERS[1:], GROUPED_ROWS, grouped=True),
+    # Pixels are gathered byte by byte and converted in registers: short steps, no more than 64 rows, no split K.
+    "PATCH_EMBED": TableSpec(
+        2,
+        ((None, None, 1152, 592),),
+        (512, 1024, 2048, 16384),
+        tiles=((64, 64, 32, 4, 4), (64, 128, 32, 4, 4)),
+        splits=(1,),
+    ),
+}
 
 
-HEADER = '''"""GEMM configurations: what ``static_model`` chose, or what ``retune`` measured. Not edited by hand.
+def choose_table(name: str, device: Device) -> list[tuple[int | None, ...]]:
+    """The rows that the model chooses for one device and one of ``TABLES``."""
+    return TABLES[name].table_of(lambda M, N, K: TABLES[name].choose(M, N, K, device))
+
+
+HEADER = '''"""Configurations: what ``static_model`` chose, or what ``retune`` measured. Not edited by hand.
 
 Rows: at most this M, N, K (None: any), then BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, num_warps, num_stages.
 MEASURED says on which card and when a target was retuned; all others are the model's.
@@ -251,20 +313,28 @@ def format_table(name: str, table: dict[Arch, list[tuple[int | None, ...]]]) -> 
     return "\n".join([*lines, "}"])
 
 
-def format_tables(contents: Mapping[str, dict[Arch, list[tuple[int | None, ...]]]], measured: dict[Arch, str]) -> str:
+FLASH_HEADER = """# Vision self-attention, Triton's and flash-attn's, as ``retune`` measured them where it could.
+# Rows: head dim, at most so many tokens (None: any), microseconds of Triton, microseconds of flash-attn.
+FLASH_ATTENTION: dict[Arch, list[tuple[int, int | None, float, float]]] = {"""
+
+
+def format_tables(
+    contents: Mapping[str, dict[Arch, list[tuple[int | None, ...]]]],
+    measured: dict[Arch, str],
+    flash: Mapping[Arch, Sequence[tuple[int, int | None, float, float]]],
+) -> str:
     """The whole of kernels/tables.py; `measured` says of retuned targets on what and when."""
     lines = [f"    {arch!r}: {note!r}," for arch, note in measured.items()]
     notes = "\n".join(["MEASURED: dict[Arch, str] = {", *lines, "}"]) if lines else "MEASURED: dict[Arch, str] = {}"
-    return "\n\n".join([HEADER + "\n" + notes, *(format_table(*item) for item in contents.items())]) + "\n"
+    rows = [f"    {arch!r}: {list(rows)!r}," for arch, rows in flash.items()]
+    choice = "\n".join([FLASH_HEADER, *rows, "}"]) if rows else FLASH_HEADER + "}"
+    return "\n\n".join([HEADER + "\n" + notes, choice, *(format_table(*item) for item in contents.items())]) + "\n"
 
 
 def all_tables() -> dict[str, dict[Arch, list[tuple[int | None, ...]]]]:
-    """LINEAR (2-byte operands) and QUANT_LINEAR (1-byte), by architecture."""
-    return {
-        name: {device.arch: choose_table(element, device) for device in DEVICES.values()}
-        for name, element in (("LINEAR", 2), ("QUANT_LINEAR", 1))
-    }
+    """Every table of kernels/tables.py, by architecture."""
+    return {name: {device.arch: choose_table(name, device) for device in DEVICES.values()} for name in TABLES}
 
 
 if __name__ == "__main__":
-    print(format_tables(all_tables(), {}), end="")
+    print(format_tables(all_tables(), {}, {}), end="")

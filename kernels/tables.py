@@ -1,4 +1,4 @@
-"""GEMM configurations: what ``static_model`` chose, or what ``retune`` measured. Not edited by hand.
+"""Configurations: what ``static_model`` chose, or what ``retune`` measured. Not edited by hand.
 
 Rows: at most this M, N, K (None: any), then BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, num_warps, num_stages.
 MEASURED says on which card and when a target was retuned; all others are the model's.
@@ -9,6 +9,10 @@ from vat_fast.kernels.configs import Arch
 Row = tuple[int | None, ...]
 
 MEASURED: dict[Arch, str] = {}
+
+# Vision self-attention, Triton's and flash-attn's, as ``retune`` measured them where it could.
+# Rows: head dim, at most so many tokens (None: any), microseconds of Triton, microseconds of flash-attn.
+FLASH_ATTENTION: dict[Arch, list[tuple[int, int | None, float, float]]] = {}
 
 LINEAR: dict[Arch, list[Row]] = {
     80: [
@@ -259,5 +263,128 @@ QUANT_LINEAR: dict[Arch, list[Row]] = {
         (768, None, None, 64, 64, 128, 8, 1, 4, 2),
         (4096, None, None, 64, 128, 128, 8, 1, 4, 2),
         (None, None, None, 64, 128, 64, 8, 1, 4, 2),
+    ],
+}
+
+GROUPED_LINEAR: dict[Arch, list[Row]] = {
+    80: [
+        (64, None, None, 32, 64, 64, 8, 3, 4, 4),
+        (256, None, None, 64, 64, 64, 8, 1, 4, 3),
+        (768, None, None, 128, 64, 64, 8, 1, 4, 3),
+        (1024, None, None, 64, 64, 64, 8, 1, 4, 3),
+        (None, None, None, 128, 64, 64, 8, 1, 4, 3),
+    ],
+    87: [
+        (64, None, None, 64, 64, 64, 8, 1, 4, 3),
+        (None, None, None, 128, 64, 64, 8, 1, 4, 3),
+    ],
+    89: [
+        (64, None, None, 32, 64, 64, 8, 3, 4, 4),
+        (1024, None, None, 64, 64, 64, 8, 1, 4, 3),
+        (None, None, None, 128, 64, 64, 8, 1, 4, 3),
+    ],
+    90: [
+        (64, None, None, 32, 64, 64, 8, 3, 4, 4),
+        (256, None, None, 64, 64, 64, 8, 1, 4, 3),
+        (768, None, None, 128, 64, 64, 8, 1, 4, 3),
+        (1024, None, None, 64, 64, 64, 8, 1, 4, 3),
+        (None, None, None, 128, 64, 64, 8, 1, 4, 3),
+    ],
+    100: [
+        (64, None, None, 32, 64, 64, 8, 4, 4, 4),
+        (256, None, None, 64, 64, 64, 8, 2, 4, 3),
+        (None, None, None, 128, 64, 64, 8, 1, 4, 3),
+    ],
+    110: [
+        (64, None, None, 64, 64, 64, 8, 1, 4, 3),
+        (None, None, None, 128, 64, 64, 8, 1, 4, 3),
+    ],
+    "gfx942": [
+        (64, None, None, 16, 64, 128, 8, 3, 4, 2),
+        (256, None, None, 16, 64, 128, 8, 2, 4, 2),
+        (768, None, None, 32, 64, 64, 8, 2, 4, 2),
+        (1024, None, None, 128, 64, 64, 8, 2, 4, 2),
+        (None, None, None, 128, 64, 64, 8, 1, 4, 2),
+    ],
+}
+
+GROUPED_QUANT_LINEAR: dict[Arch, list[Row]] = {
+    80: [
+        (64, 2048, None, 32, 64, 128, 8, 3, 4, 4),
+        (256, 2048, None, 64, 64, 128, 8, 3, 4, 3),
+        (None, 2048, None, 64, 64, 128, 8, 1, 4, 3),
+        (64, None, None, 64, 128, 128, 8, 3, 4, 3),
+        (None, None, None, 64, 128, 128, 8, 1, 4, 3),
+    ],
+    87: [
+        (64, 2048, None, 64, 64, 128, 8, 2, 4, 3),
+        (None, 2048, None, 64, 64, 128, 8, 1, 4, 3),
+        (None, None, None, 64, 128, 128, 8, 1, 4, 3),
+    ],
+    89: [
+        (64, 2048, None, 32, 64, 128, 8, 3, 4, 4),
+        (256, 2048, None, 64, 64, 64, 8, 3, 4, 4),
+        (None, 2048, None, 64, 64, 128, 8, 1, 4, 3),
+        (64, None, None, 64, 128, 128, 8, 3, 4, 3),
+        (None, None, None, 64, 128, 128, 8, 1, 4, 3),
+    ],
+    90: [
+        (64, 2048, None, 32, 64, 128, 8, 3, 4, 4),
+        (256, 2048, None, 64, 64, 64, 8, 3, 4, 4),
+        (None, 2048, None, 64, 64, 128, 8, 1, 4, 3),
+        (64, None, None, 64, 128, 128, 8, 3, 4, 3),
+        (None, None, None, 64, 128, 128, 8, 1, 4, 3),
+    ],
+    100: [
+        (64, 2048, None, 32, 64, 128, 8, 4, 4, 4),
+        (768, 2048, None, 64, 64, 128, 8, 2, 4, 3),
+        (None, 2048, None, 64, 64, 128, 8, 1, 4, 3),
+        (64, None, None, 16, 128, 128, 8, 1, 4, 4),
+        (None, None, None, 64, 128, 128, 8, 1, 4, 3),
+    ],
+    110: [
+        (None, 2048, None, 64, 64, 128, 8, 1, 4, 3),
+        (None, None, None, 64, 128, 128, 8, 1, 4, 3),
+    ],
+    "gfx942": [
+        (64, 2048, None, 16, 64, 256, 8, 4, 4, 2),
+        (256, 2048, None, 64, 64, 128, 8, 4, 4, 2),
+        (768, 2048, None, 32, 64, 128, 8, 2, 4, 2),
+        (1024, 2048, None, 64, 64, 128, 8, 2, 4, 2),
+        (None, 2048, None, 64, 64, 128, 8, 1, 4, 2),
+        (64, None, None, 16, 128, 128, 8, 2, 4, 2),
+        (256, None, None, 64, 128, 128, 8, 2, 4, 2),
+        (1024, None, None, 64, 128, 128, 8, 1, 4, 2),
+        (None, None, None, 64, 128, 64, 8, 1, 4, 2),
+    ],
+}
+
+PATCH_EMBED: dict[Arch, list[Row]] = {
+    80: [
+        (512, None, None, 64, 128, 32, 8, 1, 4, 4),
+        (1024, None, None, 64, 64, 32, 8, 1, 4, 4),
+        (None, None, None, 64, 128, 32, 8, 1, 4, 4),
+    ],
+    87: [
+        (None, None, None, 64, 128, 32, 8, 1, 4, 4),
+    ],
+    89: [
+        (None, None, None, 64, 64, 32, 8, 1, 4, 4),
+    ],
+    90: [
+        (512, None, None, 64, 128, 32, 8, 1, 4, 4),
+        (1024, None, None, 64, 64, 32, 8, 1, 4, 4),
+        (None, None, None, 64, 128, 32, 8, 1, 4, 4),
+    ],
+    100: [
+        (512, None, None, 64, 64, 32, 8, 1, 4, 4),
+        (None, None, None, 64, 128, 32, 8, 1, 4, 4),
+    ],
+    110: [
+        (None, None, None, 64, 128, 32, 8, 1, 4, 4),
+    ],
+    "gfx942": [
+        (2048, None, None, 64, 64, 32, 8, 1, 4, 2),
+        (None, None, None, 64, 128, 32, 8, 1, 4, 2),
     ],
 }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from vat_fast.kernels import attention_common as common
-from vat_fast.kernels import configs
+from vat_fast.kernels import configs, tables
 
 # Chosen by ahead-of-time compilation: no spills and two blocks or more on a multiprocessor at P = 256 (head dims 64,
 # 72, 96) and P = 261 (head dim 64). `programs` is N * H * ceil(P / 64): while small, small tiles fill it.
@@ -104,6 +104,7 @@ def launch_vision_attention(
     _check(qkv_NP3D, num_heads, scale)
     common.check_dtype("qkv", qkv_NP3D)
     common.check_rows("qkv", qkv_NP3D)
+    common.check_outputs(out_NPD, lse_NHP, (*qkv_NP3D.shape[:2], qkv_NP3D.shape[2] // 3), num_heads)
     config = configs.pick(CONFIGS, configs.current_arch(), **_shape_class(qkv_NP3D, num_heads))
     q, k, v = _columns(qkv_NP3D)
     common.launch_forward(q, k, v, out_NPD, lse_NHP, num_heads, scale, config)
@@ -202,6 +203,8 @@ _vision_attention.register_autograd(_autograd_backward, setup_context=_setup_con
 BACKENDS = ("auto", "triton", "flash_attn", "torch")
 FLASH_ATTN_INSTALLED = importlib.util.find_spec("flash_attn") is not None
 FLASH_ATTN_MAX_HEAD_DIM = 256
+# Those that flash-attn has kernels for; it pads others. Source: csrc/flash_attn/src of flash-attention 2.
+FLASH_ATTN_HEAD_DIMS = (32, 64, 96, 128, 192, 256)
 
 _selected = os.environ.get("VAT_FAST_VISION_ATTENTION", "auto")
 
@@ -239,15 +242,33 @@ def _flash_attn_obstacle(device_type: str, dtype: torch.dtype, head_dim: int) ->
     return ""
 
 
-def vision_attention_backend(device_type: str, dtype: torch.dtype, head_dim: int) -> BackendChoice:
+def _faster(head_dim: int, rows: int) -> BackendChoice:
+    """Of flash-attn and Triton, both of which can run: what `retune` measured here, else what padding says."""
+    measured = tables.FLASH_ATTENTION.get(configs.current_arch(), [])
+    for dim, most_rows, triton_us, flash_us in measured:
+        if dim == head_dim and (most_rows is None or rows <= most_rows):
+            name = "flash_attn" if flash_us < triton_us else "triton"
+            return BackendChoice(
+                name, f"measured on this architecture: Triton {triton_us} us, flash-attn {flash_us} us"
+            )
+    if head_dim in FLASH_ATTN_HEAD_DIMS:
+        return BackendChoice("flash_attn", f"not measured here, and flash-attn has kernels for head dim {head_dim}")
+    return BackendChoice("triton", f"not measured here, and flash-attn would pad head dim {head_dim}")
+
+
+def vision_attention_backend(device_type: str, dtype: torch.dtype, head_dim: int, rows: int = 512) -> BackendChoice:
     """The implementation that `vision_attention` runs for such a tensor, with the reason.
 
-    "auto" takes flash-attn where it is installed and can run, else the Triton kernels; on the CPU, torch ops.
+    "auto": on the CPU, torch ops. On a GPU where flash-attn is installed and can run, the faster of it and the Triton
+    kernels as `python -m vat_fast.kernels.retune` measured them on this architecture (kernels/tables.py). Where nobody
+    measured: flash-attn for the head dims it has kernels for, since it is tuned by its authors; Triton for others,
+    such as 72, which flash-attn pads to the next (72 to 96 is a third more work, 72 to 64 + 8 is a ninth).
 
     Args:
         device_type: `tensor.device.type`, such as "cuda" or "cpu".
         dtype: of the packed projection.
         head_dim: width of one head.
+        rows: tokens of all views together.
 
     Raises:
         ValueError: the backend asked for is unknown or cannot run on such a tensor; says why.
@@ -270,9 +291,15 @@ def vision_attention_backend(device_type: str, dtype: torch.dtype, head_dim: int
         return BackendChoice("torch", "the tensor is on the CPU, where torch ops do the same maths")
     if _selected == "triton":
         return BackendChoice("triton", "asked for by name")
-    if obstacle:
-        return BackendChoice("triton", obstacle)
-    return BackendChoice("flash_attn", "flash-attn is installed and takes this dtype and head dim")
+    return BackendChoice("triton", obstacle) if obstacle else _faster(head_dim, rows)
+
+
+def flash_attention(qkv_NP3D: torch.Tensor, num_heads: int, scale: float) -> torch.Tensor:
+    """`vision_attention` by flash-attn, which must be installed; float16 or bfloat16 on a GPU."""
+    from flash_attn import flash_attn_qkvpacked_func
+
+    qkv_NP3Hd = qkv_NP3D.unflatten(-1, (3, num_heads, -1))
+    return flash_attn_qkvpacked_func(qkv_NP3Hd, softmax_scale=scale).flatten(2)
 
 
 def vision_attention(qkv_NP3D: torch.Tensor, num_heads: int, scale: float) -> torch.Tensor:
@@ -292,12 +319,10 @@ def vision_attention(qkv_NP3D: torch.Tensor, num_heads: int, scale: float) -> to
     """
     _check(qkv_NP3D, num_heads, scale)
     head_dim = qkv_NP3D.shape[-1] // (3 * num_heads)
-    choice = vision_attention_backend(qkv_NP3D.device.type, qkv_NP3D.dtype, head_dim)
+    rows = qkv_NP3D.shape[0] * qkv_NP3D.shape[1]
+    choice = vision_attention_backend(qkv_NP3D.device.type, qkv_NP3D.dtype, head_dim, rows)
     if choice.name == "flash_attn":
-        from flash_attn import flash_attn_qkvpacked_func
-
-        qkv_NP3Hd = qkv_NP3D.unflatten(-1, (3, num_heads, head_dim))
-        return flash_attn_qkvpacked_func(qkv_NP3Hd, softmax_scale=scale).flatten(2)
+        return flash_attention(qkv_NP3D, num_heads, scale)
     if choice.name == "torch" and qkv_NP3D.device.type != "cpu":
         return vision_attention_ref(qkv_NP3D, num_heads, scale)
     return _vision_attention(qkv_NP3D, num_heads, scale)[0]

@@ -35,10 +35,14 @@ class Case:
             block by block.
         reference: the outputs in plain PyTorch from the same dictionary, in the precision of its tensors. Called once
             with the tensors as made (eager error) and once in fp64 (the truth).
+        result: what `reference` is compared with, from the tensors after the launch, where outputs are 8-bit codes
+            rather than values; None where the outputs themselves are.
         archs: targets that the op is meant for, as compute capability (90) or AMD name ("gfx942").
         few_blocks: the written reason where fewer than two blocks fit on a multiprocessor; empty where two must fit.
         narrow: the written reason where global accesses in a hot loop are narrower than 16 bytes.
-        extra_flops: the written reason where issued flops exceed 1.2 times the useful ones.
+        narrow_amd: the same where only AMD's wider waves make them narrower.
+        extra_flops: the written reason where issued flops exceed `aot.ISSUED_FLOPS` times the useful ones.
+        most_issued: with `extra_flops`, what they may not exceed.
         for_checking: the case checks results and is not meant to be fast: it need only compile and fit.
     """
 
@@ -52,11 +56,18 @@ class Case:
     mma: bool
     edge: Callable[[], Tensors]
     reference: Callable[[Tensors], Tensors] | None = None
+    result: Callable[[Tensors], Tensors] | None = None
     archs: tuple[int | str, ...] = (80, 87, 89, 90, 100, 110, "gfx942")
     few_blocks: str = ""
     narrow: str = ""
+    narrow_amd: str = ""
     extra_flops: str = ""
+    most_issued: float = 0.0
     for_checking: bool = False
+
+    def results(self, tensors: Tensors) -> Tensors:
+        """What to compare with `reference`, from the tensors after the launch."""
+        return {name: tensors[name] for name in self.outputs} if self.result is None else self.result(tensors)
 
     @property
     def key(self) -> str:

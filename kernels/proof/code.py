@@ -87,6 +87,11 @@ class Mix:
 
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Za-z0-9_.]*)\s*(.*?);")
 _MMA = ("HMMA", "IMMA", "QMMA", "DMMA", "HGMMA", "QGMMA", "IGMMA")
+_BRANCHES = ("BRA", "s_branch", "s_cbranch")
+# A line of AMD assembly: a label, or an instruction. Directives begin with a dot, comments with a semicolon.
+_AMD_LABEL = re.compile(r"^([.\w]+):")
+_AMD_INSTRUCTION = re.compile(r"^\t([a-z]\w*)\s*([^;]*)")
+_AMD_MEMORY = re.compile(r"^(?:global|buffer|flat)_(load|store)_(?:[us]?(byte|short)|dword(?:x([234]))?)(?:_|$)")
 
 
 def _width(opcode: str) -> int:
@@ -100,7 +105,17 @@ def mix(instructions: list[tuple[int, str, str]]) -> Mix:
     counts = Mix(instructions=len(instructions))
     for _, opcode, _ in instructions:
         base = opcode.split(".")[0]
-        if base in _MMA or (base.startswith("UTC") and "MMA" in base):
+        amd = _AMD_MEMORY.match(opcode)
+        if amd:
+            width = {"byte": 1, "short": 2}.get(amd[2], 4 * int(amd[3] or 1))
+            moved = counts.load_bytes if amd[1] == "load" else counts.store_bytes
+            moved[width] = moved.get(width, 0) + width
+        elif opcode.startswith(("v_mfma", "v_smfmac")):
+            counts.mma += 1
+            counts.mma_kind = opcode
+        elif opcode.startswith(("scratch_load", "scratch_store")):
+            counts.local += 1
+        elif base in _MMA or (base.startswith("UTC") and "MMA" in base):
             counts.mma += 1
             counts.mma_kind = opcode
         elif base in ("LDG", "LDGSTS"):
@@ -121,7 +136,7 @@ def hot_loop(instructions: list[tuple[int, str, str]]) -> Mix | None:
     """
     loops = []
     for address, opcode, operands in instructions:
-        target = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
+        target = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith(_BRANCHES) else None
         if target and int(target[1], 16) < address:
             begin = int(target[1], 16)
             loops.append(mix([line for line in instructions if begin <= line[0] <= address]))
@@ -132,6 +147,21 @@ def disassemble(sass: str) -> list[tuple[int, str, str]]:
     """(address, opcode, operands) of each instruction in cuobjdump's listing."""
     found = (_INSTRUCTION.match(line) for line in sass.splitlines())
     return [(int(match[1], 16), match[2], match[3]) for match in found if match]
+
+
+def read_amd(text: str) -> list[tuple[int, str, str]]:
+    """The same of AMD assembly: the line is the address, and a branch's label becomes its line in hexadecimal."""
+    lines = text.splitlines()
+    labels = {found[1]: number for number, line in enumerate(lines) if (found := _AMD_LABEL.match(line))}
+    instructions = []
+    for number, line in enumerate(lines):
+        found = _AMD_INSTRUCTION.match(line)
+        if found and not found[1].startswith("."):
+            operands = found[2].strip()
+            if found[1].startswith(_BRANCHES) and operands in labels:
+                operands = hex(labels[operands])
+            instructions.append((number, found[1], operands))
+    return instructions
 
 
 def tool(name: str) -> str:
@@ -164,15 +194,19 @@ def describe(compiled, arch: Arch) -> dict:
         "mma": whole.mma,
         "mma_kind": whole.mma_kind,
         "narrow_share": round(whole.narrow_share(), 3),
-        "loop": None
-        if loop is None
-        else {
-            "instructions": loop.instructions,
-            "mma": loop.mma,
-            "load_bytes": {str(width): n for width, n in sorted(loop.load_bytes.items())},
-            "bulk": loop.bulk,
-            "narrow_share": round(loop.narrow_share(), 3),
-        },
+        "loop": _loop_row(loop),
+    }
+
+
+def _loop_row(loop: Mix | None) -> dict | None:
+    if loop is None:
+        return None
+    return {
+        "instructions": loop.instructions,
+        "mma": loop.mma,
+        "load_bytes": {str(width): n for width, n in sorted(loop.load_bytes.items())},
+        "bulk": loop.bulk,
+        "narrow_share": round(loop.narrow_share(), 3),
     }
 
 
@@ -185,20 +219,21 @@ def _describe_amd(compiled) -> dict:
         "shared": GFX942_LDS // metadata.shared if metadata.shared else 32,
     }
     limit = min(bounds, key=lambda bound: bounds[bound])
-    matrix = re.findall(r"\b(v_(?:mfma|wmma)\w*)", text)
+    instructions = read_amd(text)
+    whole, loop = mix(instructions), hot_loop(instructions)
     return {
         "registers": registers,
         "stack": int(_group(r"\.private_segment_fixed_size:\s+(\d+)", text)),
-        "local": int(_group(r"\.vgpr_spill_count:\s+(\d+)", text)),
+        "local": int(_group(r"\.vgpr_spill_count:\s+(\d+)", text)) + whole.local,
         "shared": metadata.shared,
         "tensor_memory": 0,
         "blocks": bounds[limit],
         "limit": limit,
-        "instructions": len(re.findall(r"^\t[vs]_|^\t(?:global|buffer|ds|flat)_", text, re.MULTILINE)),
-        "mma": len(matrix),
-        "mma_kind": matrix[0] if matrix else "",
-        "narrow_share": 0.0,
-        "loop": None,
+        "instructions": whole.instructions,
+        "mma": whole.mma,
+        "mma_kind": whole.mma_kind,
+        "narrow_share": round(whole.narrow_share(), 3),
+        "loop": _loop_row(loop),
     }
 
 

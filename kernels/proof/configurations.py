@@ -51,17 +51,28 @@ def _rows(table: configs.ConfigTable, dtype: str) -> list[tuple[configs.Arch, di
     return found
 
 
-def _cases(table: configs.ConfigTable, dtype: str, make: Callable[[int, int, int], Case]) -> list[Case]:
+def _cases(
+    kind: str,
+    table: configs.ConfigTable,
+    dtype: str,
+    make: Callable[[int, int, int], Case],
+    wide_k: int = WIDE,
+) -> list[Case]:
+    """wide_k: K of the cases that are WIDE in N, where the table bounds neither."""
+    shapes = [
+        (arch, shape | ({"K": min(shape["K"], wide_k)} if shape["N"] == WIDE else {}))
+        for arch, shape in _rows(table, dtype)
+    ]
     return [
         # Flops are counted at the registered cases; counting them for every row would take longer than compiling.
         replace(
             make(shape["M"], shape["N"], shape["K"]),
             op=OP,
-            name=f"{dtype} {arch} M{shape['M']} N{shape['N']} K{shape['K']}",
+            name=f"{kind} {arch} M{shape['M']} N{shape['N']} K{shape['K']}",
             archs=(arch,),
             useful_flops=0,
         )
-        for arch, shape in _rows(table, dtype)
+        for arch, shape in shapes
     ]
 
 
@@ -70,13 +81,28 @@ def _linear(M: int, N: int, K: int) -> Case:
     return gemm_cases._case("", M, N, K, *parts)
 
 
+def _linear_8bit_copy(M: int, N: int, K: int) -> Case:
+    return gemm_cases._case("", M, N, K, "residual", "scale", "eight")
+
+
 def _int8(M: int, N: int, K: int) -> Case:
     return low_precision_cases._case("", M, N, K, torch.int8)
 
 
+def _int8_to_int8(M: int, N: int, K: int) -> Case:
+    group, kind = (64, "hidden") if N > NARROW else (128, "stream")
+    return low_precision_cases._case("", M, N, K, torch.int8, group, kind)
+
+
 def configuration_cases() -> list[Case]:
-    """The bf16 and int8 GEMM at every shipped configuration of every target."""
-    return _cases(gemm.CONFIGS, "bf16", _linear) + _cases(low_precision.CONFIGS, "int8", _int8)
+    """The GEMMs at every shipped configuration of every target: bf16 and int8, alone and writing 8 bits."""
+    return [
+        *_cases("bf16", gemm.CONFIGS, "bf16", _linear),
+        *_cases("bf16+int8", gemm.GROUPED_CONFIGS, "bf16", _linear_8bit_copy),
+        *_cases("int8", low_precision.CONFIGS, "int8", _int8),
+        # The wide GEMM that writes 8 bits is fc1, which reads the model's width.
+        *_cases("int8+int8", low_precision.GROUPED_CONFIGS, "int8", _int8_to_int8, wide_k=NARROW),
+    ]
 
 
 def _in_fp32(make: Callable[[], Tensors]) -> Callable[[], Tensors]:

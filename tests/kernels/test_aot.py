@@ -78,11 +78,20 @@ def test_planted_faults_are_caught_and_sound_kernels_pass():
             assert all(message in line for line in broken), broken
 
 
-@pytest.mark.parametrize(("module", "dtype"), [(gemm, "bf16"), (low_precision, "int8")])
-def test_every_shipped_configuration_has_a_case(module, dtype):
-    for arch, rules in module.CONFIGS.items():
-        shapes = [shape for where, shape in configurations._rows(module.CONFIGS, dtype) if where == arch]
-        compiled = [configs.pick(module.CONFIGS, arch, dtype=dtype, **shape) for shape in shapes]
+@pytest.mark.parametrize(
+    ("table", "dtype"),
+    [
+        (gemm.CONFIGS, "bf16"),
+        (gemm.GROUPED_CONFIGS, "bf16"),
+        (low_precision.CONFIGS, "int8"),
+        (low_precision.GROUPED_CONFIGS, "int8"),
+    ],
+    ids=["bf16", "bf16 + 8 bits", "int8", "int8 + 8 bits"],
+)
+def test_every_shipped_configuration_has_a_case(table, dtype):
+    for arch, rules in table.items():
+        shapes = [shape for where, shape in configurations._rows(table, dtype) if where == arch]
+        compiled = [configs.pick(table, arch, dtype=dtype, **shape) for shape in shapes]
         for conditions, config in rules:
             if conditions.get("dtype", dtype) == dtype:
                 assert config in compiled, f"{arch}: {conditions}"

@@ -89,11 +89,14 @@ def test_shipped_tables_are_what_the_model_chooses():
 
 
 @pytest.mark.parametrize("device", static_model.DEVICES.values(), ids=lambda device: device.name)
-@pytest.mark.parametrize("element", [2, 1])
-def test_every_shipped_configuration_fits_twice(device, element):
-    for row in static_model.choose_table(element, device):
+@pytest.mark.parametrize("name", static_model.TABLES)
+def test_every_shipped_configuration_fits_twice(device, name):
+    spec = static_model.TABLES[name]
+    for row in static_model.choose_table(name, device):
         blocks = static_model.Blocks(*row[3:])
-        assert static_model.blocks_per_multiprocessor(blocks, element, device) >= 2
+        assert static_model.blocks_per_multiprocessor(blocks, spec.element, device) >= 2
+        if spec.grouped:
+            assert blocks.BLOCK_N in (64, 128), "the column tile is the group of 8-bit columns"
 
 
 def test_estimates_never_beat_the_roofline_and_follow_it():

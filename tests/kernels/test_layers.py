@@ -1,9 +1,12 @@
 """Launch sequences of a whole layer: equal to plain PyTorch, and as many launches as promised."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from vat_fast.kernels import layers, static_model
+from vat_fast.kernels.eight_bit import Quantized
 from vat_fast.kernels.gemm import RowStats, launch_row_stats
 
 EPS = 1e-6
@@ -40,14 +43,18 @@ def cast(layer: layers.LayerParameters, dtype: torch.dtype) -> layers.LayerParam
     def to(value):
         if isinstance(value, tuple):
             return tuple(tensor.to(dtype) for tensor in value)
-        return None if value is None else value.to(dtype)
+        return value.to(dtype) if isinstance(value, torch.Tensor) else value
 
     return layers.LayerParameters(**{name: to(value) for name, value in vars(layer).items()})
 
 
 def poison(buffers: layers.StreamBuffers) -> None:
     """NaN everywhere that a launch must write before another reads."""
-    written = (buffers.projected, buffers.attended, buffers.hidden, buffers.x_stats.values, buffers.split.partials)
+    written = [buffers.projected, buffers.attended, buffers.x_stats.values, buffers.split.partials]
+    for eight in (buffers.hidden, buffers.x_eight, buffers.read_eight):
+        if isinstance(eight, Quantized):
+            eight.values.fill_(-128)
+        written += [] if eight is None else [getattr(eight, "scales", eight)]
     for tensor in (*written, buffers.read_stats.values):
         tensor.fill_(float("nan"))
 
@@ -162,3 +169,107 @@ def test_rejected_fusions_cost_more_than_a_launch():
     assert steps * static_model.LATENCY / 2 / device.clock / 1e3 == pytest.approx(3.4, abs=0.1)
     l2_bytes_per_us = device.l2 * device.multiprocessors * device.clock * 1e3
     assert 2 * 16 * 512 * 1152 * 4 / l2_bytes_per_us == pytest.approx(6.6, abs=0.1)
+
+
+def test_quantising_for_the_output_projection_saves_no_more_than_it_costs():
+    """The same for the layers in 8 bits."""
+    device = static_model.DEVICES["H100"]
+
+    def projection(M: int, element: int) -> float:
+        blocks = static_model.choose(M, 1152, 1152, element, device)
+        return static_model.microseconds(M, 1152, 1152, blocks, element, device)[0]
+
+    assert projection(512, 2) - projection(512, 1) == pytest.approx(2.8, abs=0.1)
+    assert projection(56, 2) - projection(56, 1) == pytest.approx(0.5, abs=0.1)
+    fixed = (static_model.FIXED + static_model.LATENCY) / device.clock / 1e3
+    assert fixed + 3 * 512 * 1152 / device.bandwidth / 1e3 == pytest.approx(1.5, abs=0.1)
+
+
+# --- variants ----------------------------------------------------------------------------------------------------
+
+
+def test_vat_small_with_tanh_gelu(assert_error_at_most_2x_eager):
+    """An action stream half as wide: narrower keys and values behind q k v, the vision stream's softmax scale."""
+    views, tokens, narrow, batch, dtype = 2, 18, D // 2, 2, torch.float32
+    generator = torch.Generator().manual_seed(0)
+
+    def linear(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(rows, columns, generator=generator) * columns**-0.5, torch.randn(rows, generator=generator)
+
+    vision = replace(parameters(3 * D, scale=False, seed=1), kv=linear(2 * narrow, D), activation="gelu_tanh")
+    norm = torch.ones(narrow), torch.zeros(narrow)
+    action = layers.LayerParameters(
+        norm, linear(narrow, narrow), None, linear(narrow, narrow), norm, linear(152, narrow), linear(narrow, 152)
+    )
+    weights = layers.LayerWeights.fold(vision, dtype)
+    one = layers.vision_buffers(batch, views, tokens, weights, HEADS, EPS)
+    x = torch.randn(one.x.shape, generator=generator)
+    one.x.copy_(x)
+    stats = RowStats(torch.empty(2, 1, batch * views * tokens), D)
+    launch_row_stats(one.x.view(-1, D), stats)
+    layers.vision_layer(one, weights, stats)
+    assert one.keys_values.shape == (batch, views * tokens, 2 * narrow)
+    scale = (D // HEADS) ** -0.5
+    small = layers.LayerWeights.fold(action, dtype)
+    two = layers.action_buffers(batch, 14, 0, views * tokens, small, HEADS, EPS, scale=scale, film="none")
+    a = torch.randn(two.x.shape, generator=generator)
+    two.x.copy_(a)
+    layers.start_action(two, None, None, torch.ones(narrow), torch.zeros(narrow))
+    layers.action_layer(two, small, one.keys_values, first=True)
+    layers.action_layer(two, small, one.keys_values)  # reads x itself: no FiLM
+
+    for wide in (torch.float32, torch.float64):
+        out, kv = layers.vision_layer_ref(x.to(wide).unflatten(0, (batch, views)), cast(vision, wide), HEADS, EPS)
+        stream = a.to(wide)
+        for _ in range(2):
+            stream = layers.action_layer_ref(stream, None, None, kv, cast(action, wide), HEADS, 0, EPS, scale)
+        if wide == torch.float32:
+            eager = out.flatten(0, 1), stream
+    assert_error_at_most_2x_eager(one.x, eager[0], out.flatten(0, 1))
+    assert_error_at_most_2x_eager(two.x, eager[1], stream)
+
+
+def test_shared_weights_read_keys_and_values_of_the_vision_projection(assert_error_at_most_2x_eager):
+    """VAT-ViT: one projection of 3D; the last view alone where asked for."""
+    views, tokens, dtype = 3, 17, torch.float32
+    layer = replace(parameters(3 * D, scale=True, seed=2), kv=None)
+    weights = layers.LayerWeights.fold(layer, dtype)
+    buffers = layers.vision_buffers(1, views, tokens, weights, HEADS, EPS)
+    x = torch.randn(buffers.x.shape, generator=torch.Generator().manual_seed(3))
+    buffers.x.copy_(x)
+    stats = RowStats(torch.empty(2, 1, views * tokens), D)
+    launch_row_stats(buffers.x.view(-1, D), stats)
+    layers.vision_keys_values(buffers, weights, stats)
+    alone = buffers.keys_values.clone()
+    layers.vision_layer(buffers, weights, stats)
+    assert torch.equal(alone, buffers.keys_values)
+    out, kv = layers.vision_layer_ref(x.double()[None], cast(layer, torch.float64), HEADS, EPS)
+    eager, _ = layers.vision_layer_ref(x[None], layer, HEADS, EPS)
+    assert_error_at_most_2x_eager(buffers.x, eager[0], out[0])
+    assert_error_at_most_2x_eager(buffers.keys_values[:, -tokens:], kv[:, -tokens:].float(), kv[:, -tokens:])
+    # The action stream runs on the same weights.
+    D3 = layer.qkv[0].shape[0]
+    query, key_value = (tuple(part[rows] for part in layer.qkv) for rows in (slice(0, D), slice(D, D3)))
+    action = replace(layer, qkv=query, kv=key_value)
+    small = layers.LayerWeights.fold(action, dtype)
+    assert torch.equal(small.project.weight, weights.project.weight)
+
+
+def test_last_layer_baseline_replaces_the_residual(assert_error_at_most_2x_eager):
+    layer, dtype = parameters(D, scale=True, seed=4), torch.float32
+    weights = layers.LayerWeights.fold(layer, dtype)
+    generator = torch.Generator().manual_seed(5)
+    buffers = layers.action_buffers(1, 14, 0, 41, weights, HEADS, EPS, film="residual")
+    a, kv = torch.randn(1, 14, D, generator=generator), torch.randn(1, 41, 2 * D, generator=generator)
+    gamma, beta = (torch.randn(1, D, generator=generator) * 0.5 for _ in range(2))
+    buffers.x.copy_(a)  # after the first layer's FiLM
+    layers.start_action(buffers, None, None, torch.ones(D), torch.zeros(D))
+    layers.action_layer(buffers, weights, kv, gamma, beta, first=True)
+    layers.action_layer(buffers, weights, kv)
+    results = []
+    for wide in (torch.float32, torch.float64):
+        arguments = (None, None, kv.to(wide), cast(layer, wide), HEADS, 0, EPS)
+        out = layers.action_layer_ref(a.to(wide), *arguments)
+        out = out * (1 + gamma.to(wide)[:, None]) + beta.to(wide)[:, None]
+        results.append(layers.action_layer_ref(out, *arguments))
+    assert_error_at_most_2x_eager(buffers.x, *results)

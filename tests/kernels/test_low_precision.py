@@ -85,7 +85,9 @@ def test_mlp_quantised_in_the_epilogue(dtype, assert_error_at_most_2x_eager):
     normed = unwritten(M, D, dtype, D)
     lp.launch_quantize(x, normed, norm=True, eps=EPS)
     middle = unwritten(M, hidden, dtype, group)
-    lp.launch_quant_linear(normed, *fc1_q, middle, bias_N=folded_bias, activation="gelu", config=config(n=group))
+    lp.launch_quant_linear(
+        normed, *fc1_q, None, eight_out=middle, bias_N=folded_bias, activation="gelu", config=config(n=group)
+    )
     out = torch.full((M, D), float("nan"), dtype=torch.bfloat16)
     lp.launch_quant_linear(middle, *fc2_q, out, bias_N=fc2_bias, residual_MN=x, config=config(k=32))
 
@@ -166,12 +168,13 @@ def test_bad_input_is_named():
         )
     with pytest.raises(ValueError, match=r"out must be \(8, 16\)"):
         lp.launch_quant_linear(x, weight, scale, torch.zeros(8, 15), config=config())
+    eight = unwritten(8, 16, torch.int8, 16)
     with pytest.raises(ValueError, match="in groups of BLOCK_N=64"):
-        lp.launch_quant_linear(x, weight, scale, unwritten(8, 16, torch.int8, 16), config=config())
-    with pytest.raises(ValueError, match="bias and activation alone"):
-        lp.launch_quant_linear(x, weight, scale, unwritten(8, 16, torch.int8, 64), residual_MN=out, config=config())
-    with pytest.raises(ValueError, match="one group of 64"):
-        lp.launch_quantize(normal(8, 64, seed=0), unwritten(8, 64, torch.int8, 32), norm=False)
+        lp.launch_quant_linear(x, weight, scale, None, eight_out=eight, config=config())
+    with pytest.raises(ValueError, match="something to write"):
+        lp.launch_quant_linear(x, weight, scale, None, config=config())
+    with pytest.raises(ValueError, match="all 64 columns in one group"):
+        lp.launch_quantize(normal(8, 64, seed=0), unwritten(8, 64, torch.int8, 32), norm=True)
     with pytest.raises(ValueError, match=r"torch\.int8 or torch\.float8_e4m3fn"):
         lp.quantize_weight(normal(8, 64, seed=0), torch.int32)
 

@@ -117,7 +117,7 @@ def test_bad_input_is_named():
         launch(prefix=1)
     with pytest.raises(ValueError, match="table must be fp32"):
         launch(table=table.half())
-    with pytest.raises(ValueError, match="out must be contiguous"):
+    with pytest.raises(ValueError, match="with evenly spaced rows"):
         launch(out=out.half())
 
 

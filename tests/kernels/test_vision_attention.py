@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from vat_fast.kernels import attention_common, configs
+from vat_fast.kernels import attention_common, configs, tables
 from vat_fast.kernels.vision_attention import vision_attention, vision_attention_ref
 
 # The module, not the function of the same name.
@@ -202,7 +202,9 @@ def test_choice_of_backend(backend):
     assert va.vision_attention_backend("cuda", bf16, 72) == va.BackendChoice("triton", "flash-attn is not installed")
     assert va.vision_attention_backend("cpu", bf16, 72).name == "torch"
     backend("auto", installed=True)
-    assert va.vision_attention_backend("cuda", bf16, 72).name == "flash_attn"
+    assert va.vision_attention_backend("cuda", bf16, 64).name == "flash_attn"
+    padded = va.vision_attention_backend("cuda", bf16, 72)
+    assert padded == va.BackendChoice("triton", "not measured here, and flash-attn would pad head dim 72")
     assert "float32" in va.vision_attention_backend("cuda", torch.float32, 72).reason
     assert "36" in va.vision_attention_backend("cuda", bf16, 36).reason
     assert va.vision_attention_backend("cpu", bf16, 72).name == "torch"
@@ -210,6 +212,20 @@ def test_choice_of_backend(backend):
     assert va.vision_attention_backend("cuda", bf16, 72).name == "triton"
     backend("torch", installed=True)
     assert va.vision_attention_backend("cuda", bf16, 72).name == "torch"
+
+
+def test_measured_times_decide_over_the_default(backend, monkeypatch):
+    backend("auto", installed=True)
+    rows = [(72, 512, 4.0, 3.5), (72, None, 20.0, 31.0), (64, None, 9.0, 8.0)]
+    monkeypatch.setattr(tables, "FLASH_ATTENTION", {80: rows})
+    bf16 = torch.bfloat16
+    small = va.vision_attention_backend("cuda", bf16, 72, rows=512)
+    assert small.name == "flash_attn"
+    assert small.reason == "measured on this architecture: Triton 4.0 us, flash-attn 3.5 us"
+    assert va.vision_attention_backend("cuda", bf16, 72, rows=513).name == "triton"
+    assert "not measured" in va.vision_attention_backend("cuda", bf16, 96).reason
+    with configs.override_arch(90):
+        assert "not measured" in va.vision_attention_backend("cuda", bf16, 72).reason
 
 
 @pytest.mark.parametrize(

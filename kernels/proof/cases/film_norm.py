@@ -76,6 +76,9 @@ def _case(name: str, B: int, N: int, D: int, backward: bool = False) -> Case:
     return Case(
         op="film_layernorm",
         name=name,
+        narrow_amd="a row over all lanes of a block of 64-wide waves leaves each 4 columns or fewer"
+        if backward
+        else "",
         make=lambda: _make(B, N, D, torch.bfloat16, backward),
         edge=lambda: _make(2, 7, D, torch.bfloat16, backward, tasks=3),
         launch=_launch_both if backward else _launch,

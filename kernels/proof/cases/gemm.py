@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vat_fast.kernels import gemm
+from vat_fast.kernels.eight_bit import Quantized
 from vat_fast.kernels.gemm import Film, RowStats, Workspace
 from vat_fast.kernels.proof.case import Case, Tensors, random, unwritten
 
@@ -21,7 +22,7 @@ def _rows_of_film(t: Tensors) -> int:
 
 def _launch(t: Tensors) -> None:
     (M, K), N = t["x"].shape, t["weight"].shape[0]
-    config = gemm.linear_config(M, N, K, t["x"].dtype)
+    config = gemm.linear_config(M, N, K, t["x"].dtype, eight_out="eight" in t)
     film = None
     if "film_out" in t:
         film = Film(t["gamma"], t["beta"], t["film_out"], _rows_of_film(t), t["task_id"])
@@ -33,7 +34,7 @@ def _launch(t: Tensors) -> None:
         t["weight"],
         t["out"],
         bias_N=t["bias"],
-        activation="gelu" if "gelu" in t else "none",
+        activation=next((name for name in ("gelu", "gelu_tanh") if name in t), "none"),
         residual_MN=t.get("residual"),
         layer_scale_N=t.get("layer_scale"),
         norm=RowStats(t["stats"], STATS_WIDTH) if "stats" in t else None,
@@ -41,6 +42,7 @@ def _launch(t: Tensors) -> None:
         eps=EPS,
         film=film,
         stats_out=stats_out,
+        eight_out=Quantized(t["eight"], t["eight_scale"], config["BLOCK_N"]) if "eight" in t else None,
         workspace=Workspace(t["partials"], t["counters"]),
         config=config,
     )
@@ -54,7 +56,7 @@ def _reference(t: Tensors) -> Tensors:
     x = t["x"]
     if "stats" in t:
         x = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=EPS)
-    activation = "gelu" if "gelu" in t else "none"
+    activation = next((name for name in ("gelu", "gelu_tanh") if name in t), "none")
     out = gemm.linear_ref(x, t["weight"], t["bias"].to(x.dtype), activation, t.get("residual"), t.get("layer_scale"))
     results = {"out": out}
     if "film_out" in t:
@@ -71,7 +73,7 @@ def _stats_of(x_MK: Tensor) -> Tensor:
 
 def _make(M: int, N: int, K: int, parts: tuple[str, ...], samples: int) -> Tensors:
     # Scratch and statistics are as large as the current target's configuration asks.
-    config = gemm.linear_config(M, N, K, BF16)
+    config = gemm.linear_config(M, N, K, BF16, eight_out="eight" in parts)
     scratch = Workspace.allocate(Workspace.sizes(M, N, config), "cpu")
     tensors = {
         "partials": unwritten(*scratch.partials.shape, dtype=torch.float32),
@@ -84,11 +86,15 @@ def _make(M: int, N: int, K: int, parts: tuple[str, ...], samples: int) -> Tenso
     if "norm" in parts:
         tensors["stats"] = _stats_of(tensors["x"])
         tensors["row_sum"] = tensors["weight"].double().sum(1).float()
-    if "gelu" in parts:
-        tensors["gelu"] = torch.ones(1)  # a mark, read by neither kernel nor reference
+    for name in ("gelu", "gelu_tanh"):
+        if name in parts:
+            tensors[name] = torch.ones(1)  # a mark, read by neither kernel nor reference
     if "residual" in parts:
         tensors["residual"] = random(M, N, seed=4)
         tensors["stats_out"] = unwritten(2, gemm.stats_parts(N, config["BLOCK_N"]), M, dtype=torch.float32)
+    if "eight" in parts:
+        tensors["eight"] = unwritten(M, N, dtype=torch.int8)
+        tensors["eight_scale"] = unwritten(gemm.stats_parts(N, config["BLOCK_N"]), M, dtype=torch.float32)
     if "scale" in parts:
         tensors["layer_scale"] = random(N, seed=5)
     if "film" in parts:
@@ -101,6 +107,7 @@ def _make(M: int, N: int, K: int, parts: tuple[str, ...], samples: int) -> Tenso
 
 def _case(name: str, M: int, N: int, K: int, *parts: str, samples: int = 1) -> Case:
     outputs = ("out", *(["film_out"] if "film" in parts else []), *(["stats_out"] if "residual" in parts else []))
+    outputs += ("eight", "eight_scale") if "eight" in parts else ()
     in_and_out = M * K + N * K + M * N * (1 + ("residual" in parts) + ("film" in parts))
     return Case(
         op="gemm",
@@ -112,7 +119,7 @@ def _case(name: str, M: int, N: int, K: int, *parts: str, samples: int = 1) -> C
         reference=_reference,
         outputs=outputs,
         useful_flops=2 * M * N * K,
-        useful_bytes=2 * in_and_out,
+        useful_bytes=2 * in_and_out + M * N * ("eight" in parts),
         mma=True,
     )
 
@@ -152,6 +159,7 @@ CASES = [
     _case("so400m vision fc2 M8192", 8192, 1152, 4304, "residual"),
     _case("so400m action fc2 FiLM M896", 896, 1152, 4304, "residual", "film", samples=16),
     _case("dinov2 vision fc2 M522", 522, 1024, 4096, "residual", "scale"),
-    _case("giantopt vision fc1 M512", 512, 6144, 1536, "norm", "gelu"),
+    _case("giantopt vision fc1 M512", 512, 6144, 1536, "norm", "gelu_tanh"),
+    _case("so400m vision output and its 8 bits M512", 512, 1152, 1152, "residual", "eight"),
     _stats_case("so400m statistics M512", 512, 1152),
 ]

@@ -10,17 +10,25 @@ from torch import Tensor
 
 from vat_fast.kernels import layers
 from vat_fast.kernels.attention_common import SplitWorkspace
+from vat_fast.kernels.eight_bit import Quantized, quantize_ref, quantize_weight
 from vat_fast.kernels.gemm import RowStats, Workspace
 from vat_fast.kernels.layers import LayerWeights, NormLinear, StreamBuffers
 from vat_fast.kernels.proof.case import Case, Tensors, random
+from vat_fast.kernels.proof.cases.low_precision import FP8, FP8_ARCHS, INT8_ARCHS, ROW_SCALES
 
 EPS = 1e-6
 TASKS = 30
 # Static buffers of a stream that are tensors of their own.
-PLAIN = ("x", "projected", "attended", "lse", "hidden")
+PLAIN = ("x", "projected", "attended", "lse")
+# Those that are 8-bit where the weights are.
+EIGHT = ("hidden", "x_eight", "read_eight")
 
 
-def _weights(D: int, hidden: int, projected: int) -> Tensors:
+Eight = torch.dtype | None
+
+
+def _weights(D: int, hidden: int, projected: int, eight: Eight) -> Tensors:
+    """Folded weights; in 8 bits with scales, and `exact_*`: what they stand for, read by the reference alone."""
     tensors = {
         "project_weight": random(projected, D, scale=D**-0.5, seed=1),
         "proj_weight": random(D, D, scale=D**-0.5, seed=2),
@@ -30,36 +38,53 @@ def _weights(D: int, hidden: int, projected: int) -> Tensors:
     for seed, name in enumerate(("project", "proj", "fc1", "fc2"), start=5):
         rows = tensors[f"{name}_weight"].shape[0]
         tensors[f"{name}_bias"] = random(rows, dtype=torch.float32, scale=0.2, seed=seed)
+    for name in ("project", "fc1", "fc2"):
+        if eight is None:
+            break
+        tensors[f"exact_{name}"] = tensors[f"{name}_weight"]
+        values, scale = quantize_weight(tensors[f"{name}_weight"], eight)
+        tensors |= {f"{name}_weight": values, f"{name}_scale": scale}
     for name in ("project", "fc1"):
-        tensors[f"{name}_row_sum"] = tensors[f"{name}_weight"].float().sum(1)
+        sums = tensors[f"{name}_weight"].float().sum(1)
+        tensors[f"{name}_row_sum"] = sums * tensors.get(f"{name}_scale", torch.ones(1))
     return tensors
 
 
 def _layer(t: Tensors) -> LayerWeights:
+    def normed(name: str) -> NormLinear:
+        return NormLinear(t[f"{name}_weight"], t[f"{name}_bias"], t[f"{name}_row_sum"], t.get(f"{name}_scale"))
+
     return LayerWeights(
-        project=NormLinear(t["project_weight"], t["project_bias"], t["project_row_sum"]),
+        project=normed("project"),
         proj_weight=t["proj_weight"],
         proj_bias=t["proj_bias"],
-        fc1=NormLinear(t["fc1_weight"], t["fc1_bias"], t["fc1_row_sum"]),
+        fc1=normed("fc1"),
         fc2_weight=t["fc2_weight"],
         fc2_bias=t["fc2_bias"],
         scale1=None,
         scale2=None,
+        fc2_scale=t.get("fc2_scale"),
     )
 
 
-def _sizes(weights: LayerWeights) -> LayerWeights:
+def _sizes(t: Tensors) -> LayerWeights:
     """The weights' shapes alone: buffers made from them have sizes and cost nothing."""
-    return LayerWeights(
-        project=NormLinear(*(value.to("meta") for value in vars(weights.project).values())),
-        proj_weight=weights.proj_weight.to("meta"),
-        proj_bias=weights.proj_bias,
-        fc1=NormLinear(*(value.to("meta") for value in vars(weights.fc1).values())),
-        fc2_weight=weights.fc2_weight.to("meta"),
-        fc2_bias=weights.fc2_bias,
-        scale1=None,
-        scale2=None,
-    )
+    return _layer({name: value.to("meta") for name, value in t.items()})
+
+
+def _product(x: Tensor, t: Tensors, name: str) -> Tensor:
+    """The linear of that name. In 8 bits eager rounds weight and activations too, one scale per token; the truth, in
+    fp64, rounds neither."""
+    weight, bias = t.get(f"exact_{name}", t[f"{name}_weight"]), t[f"{name}_bias"].to(x.dtype)
+    if f"exact_{name}" in t and x.dtype != torch.float64:
+        scale = t[f"{name}_scale"].to(x.dtype)[:, None]
+        x = _rounded(x, t[f"{name}_weight"].dtype)
+        weight = t[f"{name}_weight"].to(x.dtype) * scale
+    return F.linear(x, weight, bias)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return quantize_ref(x.flatten(0, -2), dtype).dequantize(x.dtype).view(x.shape)
 
 
 def _tensors(buffers: StreamBuffers) -> Tensors:
@@ -70,6 +95,12 @@ def _tensors(buffers: StreamBuffers) -> Tensors:
         tensors |= {f"attention_{name}": value for name, value in vars(buffers.attention_split).items()}
     if buffers.read is not buffers.x:
         tensors["read"] = buffers.read
+    for name in EIGHT:
+        eight = getattr(buffers, name)
+        if isinstance(eight, Quantized):
+            tensors |= {name: eight.values, f"{name}_scales": eight.scales}
+        elif eight is not None:
+            tensors[name] = eight
     return tensors
 
 
@@ -78,13 +109,20 @@ def _with_tensors(buffers: StreamBuffers, t: Tensors) -> StreamBuffers:
     split = None
     if buffers.attention_split is not None:
         split = SplitWorkspace(**{name: t[f"attention_{name}"] for name in vars(buffers.attention_split)})
+
+    def eight(name: str) -> Quantized | None:
+        was = getattr(buffers, name)
+        return Quantized(t[name], t[f"{name}_scales"], was.group) if isinstance(was, Quantized) else None
+
     return replace(
         buffers,
         x=t["x"],
         projected=t["projected"],
         attended=t["attended"],
         lse=t["lse"],
-        hidden=t["hidden"],
+        hidden=eight("hidden") or t["hidden"],
+        x_eight=eight("x_eight"),
+        read_eight=eight("read_eight"),
         read=t.get("read", t["x"]),
         read_stats=RowStats(t["read_stats"], buffers.read_stats.width),
         x_stats=RowStats(t["x_stats"], buffers.x_stats.width),
@@ -94,12 +132,21 @@ def _with_tensors(buffers: StreamBuffers, t: Tensors) -> StreamBuffers:
 
 
 def _poison(tensors: Tensors) -> Tensors:
-    return {name: value if "counters" in name else value.fill_(float("nan")) for name, value in tensors.items()}
+    def poison(value: Tensor) -> Tensor:
+        return value.fill_(float("nan")) if value.dtype.is_floating_point else value.fill_(torch.iinfo(value.dtype).min)
+
+    return {name: value if "counters" in name else poison(value) for name, value in tensors.items()}
 
 
 def _stats_of(x: Tensor) -> Tensor:
     rows = x.flatten(0, -2).float()
     return torch.stack([rows.mean(1), rows.var(1, correction=0) * rows.shape[1]])[:, None]
+
+
+def _in_8_bits(name: str, x: Tensor, like: Quantized) -> Tensors:
+    """x as the launch before left it."""
+    eight = quantize_ref(x.flatten(0, -2), like.values.dtype, like.group)
+    return {name: eight.values, f"{name}_scales": eight.scales}
 
 
 def _heads(x: Tensor, num_heads: int) -> Tensor:
@@ -112,35 +159,39 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
 
 
 def _finish(x: Tensor, attended: Tensor, t: Tensors) -> Tensor:
-    x = x + F.linear(attended, t["proj_weight"], t["proj_bias"].to(x.dtype))
-    hidden = F.linear(F.layer_norm(x, x.shape[-1:], eps=EPS), t["fc1_weight"], t["fc1_bias"].to(x.dtype))
-    return x + F.linear(F.gelu(hidden), t["fc2_weight"], t["fc2_bias"].to(x.dtype))
+    x = x + _product(attended, t, "proj")
+    hidden = F.gelu(_product(F.layer_norm(x, x.shape[-1:], eps=EPS), t, "fc1"))
+    return x + _product(hidden, t, "fc2")
 
 
-def _vision(name: str, views: int, tokens: int, D: int, num_heads: int, hidden: int) -> Case:
+def _vision(name: str, views: int, tokens: int, D: int, num_heads: int, hidden: int, eight: Eight = None) -> Case:
     def make(tokens: int, D: int, num_heads: int, hidden: int) -> Tensors:
-        weights = _weights(D, hidden, 5 * D)
-        buffers = _poison(_tensors(layers.vision_buffers(1, views, tokens, _layer(weights), num_heads, EPS)))
+        weights = _weights(D, hidden, 5 * D, eight)
+        allocated = layers.vision_buffers(1, views, tokens, _layer(weights), num_heads, EPS)
+        buffers = _poison(_tensors(allocated))
         buffers["x"] = random(views, tokens, D, seed=9, shift=0.1)
+        if allocated.read_eight is not None:
+            buffers |= _in_8_bits("read_eight", buffers["x"], allocated.read_eight)
         return weights | buffers | {"first_stats": _stats_of(buffers["x"])}
 
     def launch(t: Tensors) -> None:
         D, num_heads = t["x"].shape[-1], t["lse"].shape[1]
         weights = _layer(t)
-        allocated = layers.vision_buffers(1, views, t["x"].shape[1], _sizes(weights), num_heads, EPS)
+        allocated = layers.vision_buffers(1, views, t["x"].shape[1], _sizes(t), num_heads, EPS)
         layers.vision_layer(_with_tensors(allocated, t), weights, RowStats(t["first_stats"], D))
 
     def reference(t: Tensors) -> Tensors:
         x, num_heads = t["x"], t["lse"].shape[1]
         D = x.shape[-1]
         normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
-        projected = F.linear(normed, t["project_weight"], t["project_bias"].to(x.dtype))
+        projected = _product(normed, t, "project")
         q, k, v = projected[..., : 3 * D].chunk(3, -1)
         attended = _attend(q, k, v, num_heads)
         return {"x": _finish(x, attended, t), "projected": projected}
 
     M = views * tokens
     linears = 5 * D * D + D * D + 2 * D * hidden
+    weight_bytes = 2 * linears if eight is None else linears + D * D
     return Case(
         op="layers",
         name=name,
@@ -150,19 +201,25 @@ def _vision(name: str, views: int, tokens: int, D: int, num_heads: int, hidden: 
         reference=reference,
         outputs=("x", "projected", "attended", "hidden", "x_stats", "read_stats"),
         useful_flops=2 * M * linears + 4 * M * tokens * D,
-        useful_bytes=2 * (linears + 2 * M * D + 2 * M * D),
+        useful_bytes=weight_bytes + 2 * (2 * M * D + 2 * M * D),
         mma=True,
+        archs=_archs(eight),
+        narrow=ROW_SCALES if eight else "",
     )
 
 
-def _action(name: str, tokens: int, extra: int, keys: int, D: int, num_heads: int, hidden: int) -> Case:
+def _action(
+    name: str, tokens: int, extra: int, keys: int, D: int, num_heads: int, hidden: int, eight: Eight = None
+) -> Case:
     def make(tokens: int, keys: int, D: int, num_heads: int, hidden: int) -> Tensors:
-        weights = _weights(D, hidden, 3 * D)
+        weights = _weights(D, hidden, 3 * D, eight)
         allocated = layers.action_buffers(1, tokens, extra, keys, _layer(weights), num_heads, EPS)
         buffers = _poison(_tensors(allocated))
         buffers["x"] = random(1, tokens + extra, D, seed=9)
         # What start_action leaves: FiLM of x, normalised.
         buffers["read"] = random(1, tokens + extra, D, seed=10)
+        if allocated.read_eight is not None:
+            buffers |= _in_8_bits("read_eight", buffers["read"], allocated.read_eight)
         return (
             weights
             | buffers
@@ -179,25 +236,33 @@ def _action(name: str, tokens: int, extra: int, keys: int, D: int, num_heads: in
         weights, keys_values = _layer(t), t["vision"][..., 3 * D :]
         tokens = t["x"].shape[1] - extra
         keys = keys_values.shape[1]
-        allocated = layers.action_buffers(1, tokens, extra, keys, _sizes(weights), num_heads, EPS)
+        allocated = layers.action_buffers(1, tokens, extra, keys, _sizes(t), num_heads, EPS)
         film = (t["gamma"], t["beta"], t["task_id"])
         layers.action_layer(_with_tensors(allocated, t), weights, keys_values, *film, first=True)
 
     def reference(t: Tensors) -> Tensors:
         x, num_heads = t["x"], t["lse"].shape[1]
         D = x.shape[-1]
-        q, k_extra, v_extra = F.linear(t["read"], t["project_weight"], t["project_bias"].to(x.dtype)).chunk(3, -1)
+        q, k_extra, v_extra = _product(t["read"], t, "project").chunk(3, -1)
         k, v = t["vision"][..., 3 * D :].chunk(2, -1)
         if extra:
             k, v = torch.cat([k_extra[:, -extra:], k], 1), torch.cat([v_extra[:, -extra:], v], 1)
         out = _finish(x, _attend(q, k, v, num_heads), t)
         modulated = out * (1 + t["gamma"][t["task_id"]][:, None]) + t["beta"][t["task_id"]][:, None]
-        # `read` is read before it is written: launches follow each other.
-        return {"x": out, "read": modulated}
+        if eight and x.dtype != torch.float64:
+            modulated = _rounded(modulated, eight)
+        # `read` is read before it is written: launches follow each other. In 8 bits its next value is read_eight alone.
+        return {"x": out, "read_eight" if eight else "read": modulated}
+
+    def result(t: Tensors) -> Tensors:
+        group = next(n for n in (64, 128) if -(-t["x"].shape[-1] // n) == t["read_eight_scales"].shape[0])
+        read = Quantized(t["read_eight"], t["read_eight_scales"], group).dequantize()
+        return {"x": t["x"], "read_eight": read.view(t["x"].shape)}
 
     M = tokens + extra
     linears = 2 * D * D + 2 * D * hidden
     extra_weights = 2 * D * D if extra else 0  # keys and values of the extra tokens
+    weight_bytes = 2 * (linears + extra_weights) if eight is None else linears + extra_weights + D * D
     return Case(
         op="layers",
         name=name,
@@ -205,19 +270,31 @@ def _action(name: str, tokens: int, extra: int, keys: int, D: int, num_heads: in
         edge=lambda: make(14, 41, 144, 2, 208),
         launch=launch,
         reference=reference,
-        outputs=("x", "read", "projected", "attended", "hidden", "x_stats", "read_stats"),
+        result=result if eight else None,
+        outputs=("x", "read_eight" if eight else "read", "projected", "attended", "hidden", "x_stats", "read_stats"),
         useful_flops=2 * (M * linears + extra * extra_weights) + 4 * M * (keys + extra) * D,
-        useful_bytes=2 * (linears + extra_weights + 2 * keys * D + 3 * M * D),
+        useful_bytes=weight_bytes + 2 * (2 * keys * D + 3 * M * D),
         mma=True,
+        archs=_archs(eight),
+        narrow=ROW_SCALES if eight else "",
         extra_flops="keys and values of the extra tokens come out of the query's GEMM for all rows: their weights are "
         "read in any case, and a launch of their own would cost more than the idle rows"
         if extra
         else "",
+        most_issued=1.36 if extra else 0.0,
     )
+
+
+def _archs(eight: Eight) -> tuple[int | str, ...]:
+    return FP8_ARCHS if eight == FP8 else INT8_ARCHS
 
 
 CASES = [
     _vision("so400m vision V2", 2, 256, 1152, 16, 4304),
     _action("so400m action T56", 56, 0, 512, 1152, 16, 4304),
     _action("so400m action T56 E1", 56, 1, 512, 1152, 16, 4304),
+    _vision("so400m vision V2 int8", 2, 256, 1152, 16, 4304, torch.int8),
+    _action("so400m action T56 int8", 56, 0, 512, 1152, 16, 4304, torch.int8),
+    _vision("so400m vision V2 fp8", 2, 256, 1152, 16, 4304, FP8),
+    _action("so400m action T56 fp8", 56, 0, 512, 1152, 16, 4304, FP8),
 ]

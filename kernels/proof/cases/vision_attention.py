@@ -15,6 +15,7 @@ from vat_fast.kernels.vision_attention import (
 )
 
 EDGE_HEADS = 2
+ROW_SCALARS = "64 lanes of a wave each load their own fp32 log-sum-exp and delta beside 16-byte pieces of the tiles"
 
 
 def _heads_and_scale(t: Tensors) -> tuple[int, float]:
@@ -92,6 +93,7 @@ def _cases(
             make=partial(_backward_inputs, training_views, patches, heads, head_dim),
             launch=_launch_backward,
             outputs=("dqkv",),
+            narrow_amd=ROW_SCALARS,
             useful_flops=products(5, training_views),
             useful_bytes=training_views * patches * (2 * 8 * width + 4 * heads),
             mma=True,

@@ -119,28 +119,12 @@ class RecordFolder:
         buffer = io.BytesIO()
         np.save(buffer, np.asarray(actions, dtype=np.float32), allow_pickle=False)
         # The actions first: where the line is, they are.
-        write_bytes(self.actions_path(record.key), buffer.getvalue())
+        write_bytes(actions_path(self.folder, record.key), buffer.getvalue())
         with open(self.folder / EPISODES_FILE, "a", encoding="utf-8") as file:
             file.write(record.to_line())
             file.flush()
             os.fsync(file.fileno())
         self.records[record.key] = record
-
-    def actions(self, key: EpisodeKey) -> NDArray[np.float32]:
-        """The executed actions (steps, A) of a finished episode.
-
-        Raises:
-            ValueError: the file does not hold the actions that the record tells of.
-        """
-        path = self.actions_path(key)
-        actions: NDArray[np.float32] = np.load(path, allow_pickle=False)
-        if digest(actions) != self.records[key].actions_sha256:
-            raise ValueError(f"{path} does not hold the actions of the episode in {EPISODES_FILE}; run it again")
-        return actions
-
-    def actions_path(self, key: EpisodeKey) -> Path:
-        """Where the actions of an episode are."""
-        return self.folder / ACTIONS_FOLDER / f"{key.name}.npy"
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         path = self.folder / SETTINGS_FILE
@@ -179,3 +163,22 @@ def read_records(folder: str | Path) -> list[EpisodeRecord]:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     return records
+
+
+def load_actions(folder: str | Path, record: EpisodeRecord) -> NDArray[np.float32]:
+    """The executed actions (steps, A) of a finished episode.
+
+    Raises:
+        ValueError: the file does not hold the actions that the record tells of.
+        FileNotFoundError: there is no such file.
+    """
+    path = actions_path(folder, record.key)
+    actions: NDArray[np.float32] = np.load(path, allow_pickle=False)
+    if digest(actions) != record.actions_sha256:
+        raise ValueError(f"{path} does not hold the actions of the episode in {EPISODES_FILE}; run it again")
+    return actions
+
+
+def actions_path(folder: str | Path, key: EpisodeKey) -> Path:
+    """Where an evaluation's folder has the actions of an episode."""
+    return Path(folder) / ACTIONS_FOLDER / f"{key.name}.npy"

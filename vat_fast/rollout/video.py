@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,36 +78,38 @@ def write_video(path: str | Path, frames: Iterator[NDArray[np.uint8]], fps: floa
     return path
 
 
-VideoChoice = Literal["first", "failures"]
-
-
-def choose_episodes(choice: str, records: Sequence[EpisodeRecord]) -> list[EpisodeKey]:
-    """The episodes that `--video` asks for, among those that finished.
-
-    Args:
-        choice: "first" (the first of each task), "failures", or "TASK:STATE,...", "0:3,2:17" for example.
+def parse_choice(choice: str) -> list[EpisodeKey] | None:
+    """What `--video` says: "TASK:STATE,...", "0:3,2:17" for example; None for "first" and "failures".
 
     Raises:
-        ValueError: anything else, or an episode that is not among the records.
+        ValueError: anything else.
     """
-    if choice == "failures":
-        return [record.key for record in records if not record.success]
-    if choice == "first":
-        first: dict[int, EpisodeKey] = {}
-        for record in records:
-            first.setdefault(record.task, record.key)
-        return list(first.values())
+    if choice in ("first", "failures"):
+        return None
     keys = []
     for part in choice.split(","):
         task, colon, state = part.strip().partition(":")
         if not (colon and task.isdecimal() and state.isdecimal()):
             raise ValueError(f"videos are chosen by first, failures or TASK:STATE,... such as 0:3,2:17, got {choice!r}")
         keys.append(EpisodeKey(int(task), int(state)))
-    known = {record.key for record in records}
-    for key in keys:
-        if key not in known:
-            raise ValueError(f"no finished episode of task {key.task} from initial state {key.init_state} to show")
     return keys
+
+
+def choose_episodes(choice: str, records: Sequence[EpisodeRecord]) -> list[EpisodeKey]:
+    """The episodes to show among those that finished: those named, the first of each task, or all failures.
+
+    Raises:
+        ValueError: as `parse_choice`.
+    """
+    named = parse_choice(choice)
+    if named is not None:
+        return [record.key for record in records if record.key in named]
+    if choice == "failures":
+        return [record.key for record in records if not record.success]
+    first: dict[int, EpisodeKey] = {}
+    for record in records:
+        first.setdefault(record.task, record.key)
+    return list(first.values())
 
 
 def _frame(observation: Mapping[str, Any]) -> NDArray[np.uint8]:

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 2 for input that cannot be used."""
     parser = argparse.ArgumentParser(prog="vat-fast", description="Vision Action Transformer, made fast.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_act, _add_convert, _add_explain, _add_data, _add_doctor):
+    for add in (_add_demo, _add_act, _add_convert, _add_explain, _add_data, _add_eval, _add_doctor):
         add(commands)
     args = parser.parse_args(arguments)
     try:
@@ -212,6 +212,12 @@ def _add_data(commands: Commands) -> None:
     from vat_fast.train.data.cli import add_commands
 
     add_commands(commands)
+
+
+def _add_eval(commands: Commands) -> None:
+    from vat_fast.rollout.eval_cli import add_command
+
+    add_command(commands)
 
 
 def _add_doctor(commands: Commands) -> None:

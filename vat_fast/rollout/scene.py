@@ -127,7 +127,7 @@ class Scene:
 
         Args:
             init_state: number of the official initial state.
-            displace_cm: move what the task is about by up to so many centimetres along x and y, see `plan_displacement`.
+            displace_cm: move the objects of the goal by up to so many centimetres, see `plan_displacement`.
             displace_seed: of the displacement, which is the same for whoever is evaluated in this scene.
 
         Raises:

@@ -65,7 +65,7 @@ class Expert:
         over = np.array([*grasp.grip[:2], height])
         hand = self.hand
         yield from hand.go(over, OPEN, "approach", tolerance=(0.012, 0.05), max_steps=80, yaw=yaw)
-        near = grasp.grip + [0, 0, 0.03]
+        near = grasp.grip + np.array([0, 0, 0.03])
         yield from hand.go(near, OPEN, "descend", tolerance=(0.006, 0.012), max_steps=40, yaw=yaw)
         yield from hand.go(grasp.grip, OPEN, "descend", tolerance=(0.006, 0.006), max_steps=20, yaw=yaw)
         yield from hand.hold(10, CLOSE, "close", at=grasp.grip)
@@ -82,7 +82,7 @@ class Expert:
 
     def _let_go(self) -> Iterator[Command]:
         yield from self.hand.hold(8, OPEN, "open")
-        away = self.geometry.gripper() + [0, 0, 0.12]
+        away = self.geometry.gripper() + np.array([0, 0, 0.12])
         yield from self.hand.go(away, OPEN, "retreat", tolerance=(0.03, 0.03), max_steps=40)
         yield from self.hand.hold(10, OPEN, "retreat")
 

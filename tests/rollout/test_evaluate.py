@@ -9,14 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import ArrayLike
 
-from tests.rollout.toys import NAMES, ToyScenes, Trouble, make_policy
-from vat_fast.rollout.evaluate import EvaluationResult, EvaluationError, evaluate
+from tests.rollout.toys import NAMES, ToyScene, ToyScenes, Trouble, make_policy
+from vat_fast.rollout.drivers import ScriptedPolicy
+from vat_fast.rollout.evaluate import EvaluationError, EvaluationResult, evaluate
 from vat_fast.rollout.plain import plain_episode
 from vat_fast.rollout.records import EpisodeKey, digest
 from vat_fast.rollout.settings import EvaluationSettings
@@ -67,6 +70,25 @@ def test_every_way_of_execution_is_the_plain_loop(options: dict[str, Any]) -> No
         rows.append((key.task, key.init_state, end.success, len(end.actions), digest(end.actions)))
     assert outcomes(run(policy, settings)) == rows
     assert rows[0][-1] != rows[1][-1]
+
+
+def test_a_scripted_policy_runs_in_the_simulator() -> None:
+    settings = dataclasses.replace(SETTINGS, max_steps=60)
+    result = run(ScriptedPolicy("pusher", push), settings)
+    assert all(record.success for record in result.records)
+    assert {record.predict_ms == [] for record in result.records} == {True}
+    with pytest.raises(EvaluationError, match="nobody knows how to push the green cube"):
+        run(ScriptedPolicy("refuser", refuse), settings)
+
+
+def push(scene: ToyScene, seed: int) -> Iterator[ArrayLike]:
+    direction = np.sign(scene.position[0])
+    while True:
+        yield [direction * (1 + seed), 0, 0, 0, 0, 0, 1]
+
+
+def refuse(scene: ToyScene, seed: int) -> Iterator[ArrayLike]:
+    raise ValueError(f"nobody knows how to {NAMES[2]}")
 
 
 def test_replanning_can_be_set_for_an_evaluation() -> None:

@@ -7,12 +7,13 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vat_fast.rollout.settings import OFFICIAL_INIT_STATES, EvaluationSettings
 
 if TYPE_CHECKING:
     from vat_fast.rollout.drivers import ChunkPolicy, ScriptedPolicy
+    from vat_fast.rollout.episode import Script
     from vat_fast.rollout.evaluate import EvaluationResult
 
 Commands = argparse._SubParsersAction  # the type argparse gives `add_subparsers`, which has no public name
@@ -140,9 +141,10 @@ def _init_states(args: argparse.Namespace) -> tuple[int, ...]:
 def _load(args: argparse.Namespace, suite: str) -> ChunkPolicy | ScriptedPolicy:
     """The policy that the command line names."""
     if args.checkpoint == EXPERT:
-        from vat_fast.rollout.experts.script import expert_script
+        from vat_fast.rollout.drivers import ScriptedPolicy
+        from vat_fast.rollout.experts import expert_actions
 
-        return _scripted(expert_script)
+        return ScriptedPolicy(EXPERT, cast("Script", expert_actions))
     from vat_fast.rollout.blind import BLIND_FILE, BlindPolicy
 
     if (Path(args.checkpoint) / BLIND_FILE).is_file():
@@ -156,12 +158,6 @@ def _load(args: argparse.Namespace, suite: str) -> ChunkPolicy | ScriptedPolicy:
     released = None if (folder / POLICY_FILE).is_file() else base_suite(suite)
     options: dict[str, Any] = {"batch": [1, args.processes]} if args.batched else {}
     return Policy.from_pretrained(args.checkpoint, args.device, args.dtype, suite=released, **options)
-
-
-def _scripted(script: Any) -> ScriptedPolicy:
-    from vat_fast.rollout.drivers import ScriptedPolicy
-
-    return ScriptedPolicy(EXPERT, script)
 
 
 def _fingerprint(checkpoint: str) -> str | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import signal
 import traceback
+from collections.abc import Iterator
 from multiprocessing.connection import Connection
-from typing import Any
+
+from numpy.typing import ArrayLike
 
 from vat_fast.rollout.episode import Episode, SceneFactory, SceneLike, Script
 from vat_fast.rollout.messages import Act, Begin, Failed, Finished, Look, Refused
@@ -46,12 +48,12 @@ class _Server:
                 try:
                     scene = self._scene_of(command.key.task)
                     episode = Episode(scene, command.key, self._settings)
+                    script = self._start_script(scene) if command.scripted else None
                 except (ValueError, OSError, ImportError) as error:
                     return Refused(str(error))
                 self._episode = episode
-                if command.scripted:
-                    assert self._script is not None
-                    episode.act(self._script(scene, self._settings.seed))
+                if script is not None:
+                    episode.act(script)
                     return episode.result()
                 return episode.look()
             assert self._episode is not None
@@ -66,8 +68,14 @@ class _Server:
             self._scene.close()
             self._scene, self._task = None, None
 
-    def _scene_of(self, task: int) -> Any:
+    def _start_script(self, scene: SceneLike) -> Iterator[ArrayLike]:
+        if self._script is None:
+            raise ValueError("a scripted episode was asked for, but this simulator was started without a script")
+        return self._script(scene, self._settings.seed)
+
+    def _scene_of(self, task: int) -> SceneLike:
         if self._task != task:
             self.close()
             self._scene, self._task = self._factory(task), task
+        assert self._scene is not None
         return self._scene

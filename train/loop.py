@@ -26,7 +26,7 @@ class StepResult:
     lr: the learning rate.
     grad_norm: of the whole gradient before clipping; None where DeepSpeed does not compute it.
     samples: of this rank.
-    seconds: time in `data`, `forward`, `backward` and `step`.
+    seconds: time in `data`, `forward`, `backward` and `optimizer`.
     """
 
     loss: Tensor
@@ -53,7 +53,8 @@ class Trainer:
         self.device, self.rank = device, rank
         self.step = 0
         """Optimiser steps done."""
-        self.engine = build_engine(config, vat, parameter_groups(vat, config.train))
+        self.groups = parameter_groups(vat, config.train)
+        self.engine = build_engine(config, vat, self.groups)
         self._generator = torch.Generator(device)
 
     def train_step(self, loader: DemonstrationLoader) -> StepResult:
@@ -71,7 +72,7 @@ class Trainer:
             engine.backward(outcome.loss)
             clock.lap("backward")
             engine.step()
-            clock.lap("step")
+            clock.lap("optimizer")
             outcomes.append(Outcome(outcome.loss.detach(), outcome.prediction, outcome.target))
             samples += len(batch["actions"])
         self.step += 1

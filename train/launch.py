@@ -1,0 +1,105 @@
+"""What surrounds a rank: its place among the others, the process group, and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from torch import distributed as dist
+
+STOPPED = 75
+"""Exit status of a run that was asked to stop and saved itself: "try again" (EX_TEMPFAIL)."""
+
+_PR_SET_PDEATHSIG = 1
+_stop_signals: list[int] = []
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands: `rank` of `world_size`, `local_rank` on its machine, and its device."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+
+@contextlib.contextmanager
+def start(threads: int | None = None) -> Iterator[Place]:
+    """Join the other ranks; leave them at the end.
+
+    Works under the launchers `deepspeed` and `torchrun`, and alone, as one rank. The rank dies with its launcher.
+    SIGTERM and SIGINT are noted for `stop_requested`. An error is printed in one line that names the rank.
+
+    Args:
+        threads: of PyTorch on a CPU; None: the machine's cores divided by its ranks.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    place = _place()
+    if place.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", place.world_size))
+        torch.set_num_threads(threads or max(1, cores // ranks_here))
+    else:
+        torch.cuda.set_device(place.device)
+    import deepspeed
+
+    # On a CPU DeepSpeed would compile an operator for a minute that training never calls.
+    compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
+    if "deepspeed_shm_comm" in compatible:
+        compatible["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if place.device.type == "cuda" else "gloo", verbose=False)
+    _stop_signals.clear()
+    before = {number: signal.signal(number, _note_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield place
+        dist.barrier()
+    except Exception as error:
+        print(f"train: rank {place.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    dist.destroy_process_group()
+
+
+def stop_requested() -> bool:
+    """Whether any rank was asked to stop; call it on all ranks together, they get one answer."""
+    asked = torch.tensor(float(bool(_stop_signals)))
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        asked = asked.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+    return bool(asked.item())
+
+
+def _place() -> Place:
+    """From the launcher's environment variables, which a process on its own gets here."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        alone = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        os.environ.update(alone)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    return Place(int(os.environ["RANK"]), local_rank, int(os.environ["WORLD_SIZE"]), device)
+
+
+def _note_stop(number: int, _: FrameType | None) -> None:
+    _stop_signals.append(number)

@@ -69,7 +69,8 @@ def write_video(path: str | Path, frames: Iterator[NDArray[np.uint8]], fps: floa
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.part.mp4")
     try:
-        with imageio.get_writer(temporary, fps=fps, codec="libx264", quality=7, macro_block_size=16) as writer:
+        writer: Any = imageio.get_writer(temporary, fps=fps, codec="libx264", quality=7, macro_block_size=16)
+        with writer:
             for frame in frames:
                 writer.append_data(frame)
         os.replace(temporary, path)

@@ -1,7 +1,8 @@
 """Small demonstrations in LIBERO's own HDF5 layout, which a VAT can learn in a minute: for smoke runs and tests.
 
-A hand moves over a table to one of two coloured discs; the task says which. The action is a function of what the
-images show and of the task, so that a model's loss falls far below what knowing the mean action gives.
+A hand moves over a table to one of two coloured discs; the task says which, and the table's colour says how the hand
+turns. The action is a function of what the images show and of the task: a model's loss falls far below what the best
+constant action has, at once for the colour, later for the places.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from vat_fast.config import ConfigError
 TASKS = ("touch the red disc", "touch the blue disc")
 _COLOURS = np.array([[210, 50, 40], [40, 70, 210]], np.float32)
 _HAND = np.array([235, 235, 90], np.float32)
-_TABLE = np.array([120, 105, 90], np.float32)
+_TABLE = np.array([125, 115, 105], np.float32)
+_SPEED = 0.03
 
 
 @dataclass(frozen=True)
@@ -78,27 +80,30 @@ def demonstration(
     """One demonstration: before each of `steps` actions, what was seen.
 
     Returns:
-        actions (T, 7): (x, y) towards the disc, z down with nearness, three numbers of the discs' places, gripper
+        actions (T, 7): (x, y) towards the disc, z down with nearness, three turns by the table's colour, gripper
         -1 open, +1 closed; states (T, 8); images {main, wrist} (T, size, size, 3).
     """
     discs = rng.uniform(0.2, 0.8, (2, 2))
     hand = rng.uniform(0.1, 0.9, 2)
+    turn = rng.uniform(-1, 1, 3)
+    table = _TABLE + 60 * turn
     actions, states = np.zeros((steps, 7), np.float32), np.zeros((steps, 8), np.float32)
     images = {name: np.zeros((steps, size, size, 3), np.uint8) for name in ("main", "wrist")}
     for step in range(steps):
         way = discs[task] - hand
         distance = float(np.hypot(*way))
-        move = way * min(1.0, 0.08 / max(distance, 1e-6))
-        images["main"][step] = _draw(discs, hand, np.zeros(2), 1.0, size, rng)
-        images["wrist"][step] = _draw(discs, hand, hand - 0.25, 0.5, size, rng)
+        move = way * min(1.0, _SPEED / max(distance, 1e-6))
+        images["main"][step] = _draw(table, discs, hand, np.zeros(2), 1.0, size, rng)
+        images["wrist"][step] = _draw(table, discs, hand, hand - 0.25, 0.5, size, rng)
         closed = 1.0 if distance < 0.1 else -1.0
-        actions[step] = [*(move / 0.08), 1 - 2 * distance, *(discs[task] - 0.5), discs[task] @ [1, -1], closed]
+        actions[step] = [*(move / _SPEED), 1 - 2 * distance, *turn, closed]
         states[step] = [*hand, distance, 0, 0, 0, 0.04 * (closed < 0), -0.04 * (closed < 0)]
         hand = hand + move
     return actions, states, images
 
 
 def _draw(
+    table: NDArray[np.float64],
     discs: NDArray[np.float64],
     hand: NDArray[np.float64],
     corner: NDArray[np.float64],
@@ -109,8 +114,8 @@ def _draw(
     """The square of the table with this corner and width, (size, size, 3)."""
     grid = (np.arange(size) + 0.5) / size * width
     x, y = corner[0] + grid[None, :], corner[1] + grid[:, None]
-    image = np.broadcast_to(_TABLE, (size, size, 3)) + rng.normal(0, 4, (size, size, 1))
-    for place, colour, radius in ((discs[0], _COLOURS[0], 0.09), (discs[1], _COLOURS[1], 0.09), (hand, _HAND, 0.05)):
+    image = np.broadcast_to(table, (size, size, 3)) + rng.normal(0, 4, (size, size, 1))
+    for place, colour, radius in ((discs[0], _COLOURS[0], 0.1), (discs[1], _COLOURS[1], 0.1), (hand, _HAND, 0.06)):
         image = np.where(((x - place[0]) ** 2 + (y - place[1]) ** 2 < radius**2)[..., None], colour, image)
     return np.clip(image, 0, 255).astype(np.uint8)
 

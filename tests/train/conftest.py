@@ -21,6 +21,7 @@ def one_rank() -> Iterator[torch.device]:
         # An operator that DeepSpeed would compile here for a minute and training never calls.
         patch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
         threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         deepspeed.init_distributed("gloo")
         try:
             yield torch.device("cpu")

@@ -37,7 +37,7 @@ def test_observation_and_action_belong_together(tmp_path: Path) -> None:
         hands = np.array([_hand(data.image("agentview_rgb", step)) for step in steps])
         np.testing.assert_allclose(hands, np.asarray(data.state)[steps, :2], atol=0.02)
         moved = np.diff(hands, axis=0)
-        np.testing.assert_allclose(moved, 0.08 * np.asarray(data.actions)[steps, :2][:-1], atol=0.03)
+        np.testing.assert_allclose(moved, 0.03 * np.asarray(data.actions)[steps, :2][:-1], atol=0.02)
 
 
 def _hand(image: np.ndarray) -> np.ndarray:

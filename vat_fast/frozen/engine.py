@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from vat_fast.config import VATConfig
 from vat_fast.frozen.build import base_plan
 from vat_fast.frozen.checker import check
+from vat_fast.frozen.cpu import bind_onednn, bind_openvino, check_precision, cpu_executor
 from vat_fast.frozen.memory import reuse_buffers
 from vat_fast.frozen.passes import check_names, run_passes
 from vat_fast.frozen.plan import Plan
@@ -39,9 +41,9 @@ class FrozenVAT:
         actions = frozen(pixels, task_id)           # (B, C, A), normalised
         print(frozen.explain())
 
-    Weights are folded once and shared by the plans of all batch sizes. A call with another number of samples runs in
-    pieces of the sizes there are, largest first, so a sample's result depends on the pieces only through rounding; with
-    `batch=1` alone it does not depend on the other samples at all.
+    Weights are folded once and shared by the plans of all batch sizes; OpenVINO packs them once per batch size. A call
+    with another number of samples runs in pieces of the sizes there are, largest first, so a sample's result depends on
+    the pieces only through rounding; with `batch=1` alone it does not depend on the other samples at all.
 
     Args:
         vat: the trained model; it is not kept.
@@ -52,6 +54,8 @@ class FrozenVAT:
         executor: who runs the plan; None: the fastest for the device (see `default_executor`).
         images: "float" for VAT's own signature, "uint8" for raw images (B, V, H, W, 3), with `mean` and `std`.
         without: names of passes to leave out.
+        calibration: for "int8" on CPUs: recorded samples, 32 or more over all tasks, each a mapping with `pixels`,
+            `task_id`, `proprio` as they are passed to a call; the ranges of activations come from them.
 
     Raises:
         ValueError: something that cannot be, in one sentence.
@@ -70,6 +74,7 @@ class FrozenVAT:
         mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
         std: tuple[float, float, float] = (0.229, 0.224, 0.225),
         without: Collection[str] = (),
+        calibration: Iterable[Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.config: VATConfig = vat.config if views is None else vat.config.replace(num_views=views)
         self.device = torch.device(device)
@@ -85,11 +90,24 @@ class FrozenVAT:
             images=images,  # type: ignore[arg-type]
             mean=mean,
             std=std,
-            arch=_arch(executor),
+            arch=None if executor == "triton" else Target.arch,
         )
+        if executor in ("openvino", "onednn", "torch") and self.device.type == "cpu":
+            check_precision(self.target)
+        if calibration is None and executor == "openvino" and dtype == "int8":
+            raise ValueError(
+                "int8 needs calibration=[...]: recorded samples from which to take the ranges of activations"
+            )
         plans = {B: make_plan(self.config, B, self.target, without) for B in sizes}
         self.plans: dict[int, Plan] = plans
-        self._runners = _bind(vat, plans, self.target, self.device)
+        self._runners: Mapping[int, Runner]
+        if executor == "openvino":
+            wide = make_plan(self.config, 1, dataclasses.replace(self.target, dtype="fp32"), without)
+            self._runners = bind_openvino(vat, plans, self.target, wide, self._samples(calibration or ()))
+        elif executor == "onednn":
+            self._runners = bind_onednn(vat, plans, self.target)
+        else:
+            self._runners = _bind(vat, plans, self.target, self.device)
 
     def __call__(
         self,
@@ -130,6 +148,16 @@ class FrozenVAT:
         from vat_fast.frozen.explain import explain
 
         return explain(self.config, self.target, batch=batch, device=device).text()
+
+    def _samples(self, calibration: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """Checked calibration inputs, one sample each."""
+        c = self.config
+        for entry in calibration:
+            inputs = self._check(entry["pixels"], entry.get("task_id"), entry.get("proprio"))
+            if c.head == "diffusion":
+                inputs["sample"] = torch.randn(len(inputs["pixels"]), c.chunk_size, c.action_dim)
+            for i in range(len(inputs["pixels"])):
+                yield {name: value[i : i + 1] for name, value in inputs.items()}
 
     def _check(self, pixels: Tensor, task_id: Tensor | int | None, proprio: Tensor | None) -> dict[str, Tensor]:
         c = self.config
@@ -174,10 +202,10 @@ class FrozenVAT:
 
 
 def default_executor(device: torch.device, dtype: str) -> Executor:
-    """The fastest executor for a device: Triton's kernels on CUDA and ROCm, oneDNN's on CPUs, PyTorch elsewhere."""
+    """The fastest executor for a device: Triton's kernels on CUDA and ROCm, see `cpu.cpu_executor` on CPUs."""
     if device.type == "cuda":
         return "triton"
-    return "torch"
+    return cpu_executor(dtype) if device.type == "cpu" else "torch"
 
 
 def make_plan(config: VATConfig, batch: int, target: Target, without: Collection[str] = ()) -> Plan:
@@ -202,29 +230,21 @@ def schedule(plan: Plan, target: Target, without: Collection[str] = ()) -> Plan:
     return plan
 
 
-def _arch(executor: str) -> int | str:
-    if executor != "triton":
-        return Target.arch
-    from vat_fast.kernels.configs import current_arch
-
-    return current_arch()
-
-
 def _bind(vat: VAT, plans: dict[int, Plan], target: Target, device: torch.device) -> dict[int, Runner]:
     """An executor per plan, over one set of weights."""
     from vat_fast.frozen.torch_executor import DTYPES, TorchExecutor
-    from vat_fast.frozen.weights import materialise, vectors
+    from vat_fast.frozen.weights import in_eight_bits, materialise, vectors
 
-    if target.dtype in ("int8", "fp8"):
-        raise ValueError(f"the {target.executor} executor has no {target.dtype}; use fp32, bf16 or fp16")
     state, dtype, largest = vat.state_dict(), DTYPES[target.compute], plans[max(plans)]
     kind: type[TorchExecutor] = TorchExecutor
-    wide: set[str] = set()
+    wide, eight_bit = set[str](), dict[str, torch.dtype]()
     if target.executor == "triton":
         from vat_fast.frozen.triton_executor import TritonExecutor
 
-        kind, wide = TritonExecutor, vectors(largest)
-    weights, _ = materialise(largest, state, dtype, device, wide)
+        kind, wide, eight_bit = TritonExecutor, vectors(largest), in_eight_bits(largest)
+    elif target.dtype in ("int8", "fp8"):
+        raise ValueError(f"the torch executor has no {target.dtype}; use fp32, bf16 or fp16")
+    weights, _ = materialise(largest, state, dtype, device, wide, eight_bit)
     return {
         B: kind(plan, weights, materialise(plan.replace(weights={}), state, dtype, device)[1], device)
         for B, plan in plans.items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Executor = Literal["torch", "openvino", "triton"]
+Executor = Literal["torch", "onednn", "openvino", "triton"]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 
 
@@ -14,7 +14,8 @@ class Target:
     """executor: who runs the plan. dtype: "int8" and "fp8" quantise matrix products and keep the rest in `compute`.
 
     images: "float" is VAT's own signature, normalised (B, V, 3, H, W); "uint8" takes (B, V, H, W, 3) bytes and needs
-    `mean` and `std` per channel. arch: compute capability or AMD target whose kernel configurations apply (Triton).
+    `mean` and `std` per channel. arch: compute capability or AMD target whose kernel configurations apply (Triton);
+    None: of the device at hand.
     """
 
     executor: Executor = "torch"
@@ -22,7 +23,7 @@ class Target:
     images: Literal["float", "uint8"] = "float"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    arch: int | str = 90
+    arch: int | str | None = 90
 
     @property
     def compute(self) -> str:

@@ -1,0 +1,96 @@
+"""The executors for CPUs against the reference, in every precision they have."""
+
+import pytest
+import torch
+
+from benchmarks.parity import relative
+from benchmarks.variants import VARIANTS, random_batch, small_config
+from tests.frozen.test_passes import arguments, models
+from vat_fast import VATConfig
+from vat_fast.frozen.cpu import cpu_executor
+from vat_fast.frozen.int8 import Range, quantise_linear
+
+pytest.importorskip("openvino", reason="needs the package openvino")
+
+
+def calibration(config: VATConfig, seed: int = 5) -> list[dict[str, torch.Tensor]]:
+    inputs = random_batch(config, 4, seed)
+    return [{name: value for name, value in inputs.items() if name != "actions"}]
+
+
+@pytest.mark.parametrize("executor", ["openvino", "onednn"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_every_variant_equals_the_reference(variant: str, executor: str) -> None:
+    config = small_config("dinov2-large" if "D/2" in variant or "proprio" in variant else "siglip2-so400m", variant)
+    vat, reference = models(config)
+    args = arguments(config, 2)
+    noise = [{"generator": torch.Generator().manual_seed(7)} if config.head == "diffusion" else {} for _ in range(2)]
+    actions = vat.freeze(batch=2, executor=executor)(*args, **noise[0])
+    # Ten clipped denoising rounds carry rounding errors further; test_passes measures that against float64.
+    assert relative(actions, reference(*args, **noise[1])) < (1e-3 if config.head == "diffusion" else 1e-5)
+
+
+@pytest.mark.parametrize("executor", ["openvino", "onednn"])
+@pytest.mark.parametrize("variant", ["VAT", "no task", "proprio", "shared weights", "last-layer baseline"])
+@torch.inference_mode()
+def test_bf16_is_no_worse_than_the_reference_in_bf16(variant: str, executor: str) -> None:
+    config = small_config("siglip2-so400m", variant)
+    vat, reference = models(config)
+    args = arguments(config, 4)
+    truth = reference(*args)
+    actions = vat.freeze(batch=4, executor=executor, dtype="bf16")(*args)
+    narrow = [x.bfloat16() if x is not None and x.is_floating_point() else x for x in args]
+    assert relative(actions, truth) < 1.5 * relative(reference.bfloat16()(*narrow).float(), truth)
+
+
+@pytest.mark.parametrize("variant", ["VAT", "proprio", "shared weights", "last-layer baseline", "action width D/2"])
+@torch.inference_mode()
+def test_int8_follows_the_reference(variant: str) -> None:
+    config = small_config("siglip2-so400m", variant)
+    vat, reference = models(config)
+    args = arguments(config, 4)
+    frozen = vat.freeze(batch=2, executor="openvino", dtype="int8", calibration=calibration(config))
+    assert relative(frozen(*args), reference(*args)) < 0.06
+
+
+def test_smoothing_saves_what_outlier_channels_would_drown() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(256, 64, generator=generator), torch.randn(48, 64, generator=generator) / 8
+    x[:, [3, 40]] *= 60
+    observed = Range(*x.aminmax(dim=0))
+
+    def error(alpha: float) -> float:
+        q = quantise_linear(weight, observed, alpha)
+        step = (q.high - q.low) / 255
+        even = x if q.smooth is None else x / q.smooth
+        rounded = ((even - q.low) / step).round().clamp(0, 255) * step + q.low
+        return float((rounded @ (q.weight * q.scale[:, None]).T - x @ weight.T).norm() / (x @ weight.T).norm())
+
+    assert error(0.5) < 0.03
+    assert error(0.5) < error(0.0) / 2
+
+
+def test_raw_bytes_are_normalised_inside() -> None:
+    config = small_config("siglip2-so400m", "VAT")
+    vat, _ = models(config)
+    S = config.image_size
+    images = torch.randint(0, 256, (2, 2, S, S, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    plain, *others = (
+        vat.freeze(batch=2, images="uint8", executor=executor)(images, 3)
+        for executor in ("torch", "openvino", "onednn")
+    )
+    assert all(relative(actions, plain) < 1e-5 for actions in others)
+
+
+def test_choice_and_refusals() -> None:
+    vat, _ = models(small_config("vit-tiny", "VAT"))
+    assert [cpu_executor(dtype) for dtype in ("fp32", "bf16", "int8", "fp16")] == ["openvino"] * 3 + ["torch"]
+    with pytest.raises(ValueError, match="int8 needs calibration"):
+        vat.freeze(dtype="int8")
+    with pytest.raises(ValueError, match="calibration has no samples"):
+        vat.freeze(dtype="int8", calibration=[])
+    with pytest.raises(ValueError, match="the onednn executor has no int8, only fp32, bf16"):
+        vat.freeze(dtype="int8", executor="onednn")
+    with pytest.raises(ValueError, match="the openvino executor has no fp16"):
+        vat.freeze(dtype="fp16", executor="openvino")

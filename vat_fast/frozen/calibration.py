@@ -1,0 +1,57 @@
+"""Which values the inputs of quantised products take: a float32 run of the plan over recorded observations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from vat_fast.frozen.int8 import Range
+from vat_fast.frozen.plan import Plan, Step
+from vat_fast.frozen.torch_executor import TorchExecutor
+
+
+@torch.inference_mode()
+def observe(
+    plan: Plan,
+    weights: Mapping[str, Tensor],
+    constants: Mapping[str, Tensor],
+    inputs: Iterable[Mapping[str, Tensor]],
+) -> dict[str, Range]:
+    """The range of every linear's input, by step and input channel.
+
+    Args:
+        plan: in float32, of one sample.
+        weights, constants: float32, as `weights.materialise` gives them.
+        inputs: one mapping per sample with the plan's inputs, each with a first dimension of 1.
+
+    Raises:
+        ValueError: there are no inputs.
+    """
+    executor = _Observer(plan, weights, constants, torch.device("cpu"))
+    count = 0
+    for sample in inputs:
+        executor.run(sample)
+        count += 1
+    if count == 0:
+        raise ValueError("calibration has no samples; give some recorded observations, 32 or more over all tasks")
+    return {name: Range(low, high) for name, (low, high) in executor.seen.items()}
+
+
+class _Observer(TorchExecutor):
+    """The plain executor, which also keeps what linears read."""
+
+    def __init__(
+        self, plan: Plan, weights: Mapping[str, Tensor], constants: Mapping[str, Tensor], device: torch.device
+    ) -> None:
+        super().__init__(plan, weights, constants, device)
+        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def _linear(self, step: Step, x: dict[str, Tensor], w: dict[str, Tensor]) -> Tensor:
+        low, high = x["x"].flatten(0, -2).aminmax(dim=0)
+        if step.name in self.seen:
+            before = self.seen[step.name]
+            low, high = torch.minimum(low, before[0]), torch.maximum(high, before[1])
+        self.seen[step.name] = (low, high)
+        return super()._linear(step, x, w)

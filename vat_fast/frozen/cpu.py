@@ -1,0 +1,98 @@
+"""Which executor a CPU gets, and binding plans to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vat_fast.frozen.calibration import observe
+from vat_fast.frozen.int8 import QuantisedLinear, quantise_weights
+from vat_fast.frozen.plan import Plan
+from vat_fast.frozen.target import Executor, Target
+from vat_fast.frozen.weights import materialise
+
+if TYPE_CHECKING:
+    from vat_fast.model import VAT
+
+_PRECISIONS: dict[str, tuple[str, ...]] = {
+    "openvino": ("fp32", "bf16", "int8"),
+    "onednn": ("fp32", "bf16"),
+    "torch": ("fp32", "bf16", "fp16"),
+}
+_CPU = torch.device("cpu")
+
+
+def cpu_executor(dtype: str) -> Executor:
+    """The fastest executor that this machine has for a precision.
+
+    Measured on 2 cores with AVX-512 (one sample, 2 views): OpenVINO is fastest for small models in every precision and
+    for so400m in int8; for so400m in fp32 and bf16 it and oneDNN are equal. Without the package openvino: oneDNN; in
+    fp16, which neither has on CPUs: PyTorch.
+    """
+    if dtype in _PRECISIONS["openvino"] and find_spec("openvino") is not None:
+        return "openvino"
+    if dtype in _PRECISIONS["onednn"] and torch.backends.mkldnn.is_available():
+        return "onednn"
+    return "torch"
+
+
+def check_precision(target: Target) -> None:
+    """Raise a ValueError if the target's executor, one for CPUs, cannot compute in the target's precision."""
+    able = _PRECISIONS[target.executor]
+    if target.dtype not in able:
+        hint = ""
+        if target.dtype == "int8":
+            missing = find_spec("openvino") is None
+            hint = "; pip install openvino for int8 on CPUs" if missing else '; executor="openvino" has it'
+        raise ValueError(f"the {target.executor} executor has no {target.dtype}, only {', '.join(able)}{hint}")
+    if target.executor == "openvino" and find_spec("openvino") is None:
+        raise ValueError('the openvino executor needs the package openvino: pip install openvino, or executor="onednn"')
+
+
+def bind_openvino(
+    vat: VAT, plans: Mapping[int, Plan], target: Target, wide_plan: Plan, calibration: Iterable[Mapping[str, Tensor]]
+) -> dict[int, Any]:
+    """An OpenVINO executor per plan; each holds its own packed weights.
+
+    Args:
+        vat: whose weights to fold.
+        plans: by batch size.
+        target: what the plans are made for.
+        wide_plan: the plan of one sample in float32, for calibration (read in int8 only).
+        calibration: samples for `calibration.observe` (read in int8 only).
+    """
+    from vat_fast.frozen.openvino_executor import OpenVINOExecutor
+
+    largest, state = plans[max(plans)], vat.state_dict()
+    quantised: dict[str, QuantisedLinear] = {}
+    dtype = torch.bfloat16 if target.dtype == "bf16" else torch.float32
+    weights, _ = materialise(largest, state, dtype, _CPU)
+    if target.dtype == "int8":
+        constants = materialise(wide_plan.replace(weights={}), state, dtype, _CPU)[1]
+        quantised = quantise_weights(largest, weights, observe(wide_plan, weights, constants, calibration))
+        in_8_bits = {step.weights["weight"] for step in largest.all_steps if step.name in quantised}
+        kept = {step.weights.get("weight") for step in largest.all_steps if step.name not in quantised}
+        for name in in_8_bits - kept:
+            del weights[name]
+    return {
+        B: OpenVINOExecutor(plan, weights, materialise(plan.replace(weights={}), state, dtype, _CPU)[1], quantised)
+        for B, plan in plans.items()
+    }
+
+
+def bind_onednn(vat: VAT, plans: Mapping[int, Plan], target: Target) -> dict[int, Any]:
+    """A oneDNN executor per plan, over one set of packed weights."""
+    from vat_fast.frozen.onednn_executor import OneDNNExecutor, pack
+
+    largest, state = plans[max(plans)], vat.state_dict()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[target.dtype]
+    weights, _ = materialise(largest, state, dtype, _CPU)
+    packed = pack(largest, weights, largest.batch * largest.config.num_views * largest.config.tokens_per_view)
+    return {
+        B: OneDNNExecutor(plan, weights, materialise(plan.replace(weights={}), state, dtype, _CPU)[1], packed)
+        for B, plan in plans.items()
+    }

@@ -40,6 +40,7 @@ class EvaluationResult:
     unfinished: episode -> why; a rerun tries them again.
     resumed: episodes that had finished before.
     seconds: wall time of this run.
+    start_seconds: of these, until the first simulator had its scene.
     """
 
     settings: EvaluationSettings
@@ -47,6 +48,7 @@ class EvaluationResult:
     unfinished: dict[EpisodeKey, str] = field(default_factory=dict)
     resumed: int = 0
     seconds: float = 0.0
+    start_seconds: float = 0.0
 
     @property
     def successes(self) -> int:
@@ -118,7 +120,9 @@ def evaluate(
             on_start(pool)
         run.play(pool, bar)
     records = [run.done[key] for key in settings.episodes if key in run.done]
-    return EvaluationResult(settings, tuple(records), run.unfinished, resumed, time.perf_counter() - start)
+    end = time.perf_counter()
+    start_seconds = (run.first_reply or end) - start
+    return EvaluationResult(settings, tuple(records), run.unfinished, resumed, end - start, start_seconds)
 
 
 def _check(policy: ChunkPolicy | ScriptedPolicy, settings: EvaluationSettings, names: Sequence[str]) -> None:
@@ -166,6 +170,8 @@ class _Run:
         self.done = {key: record for key, record in before.items() if key in wanted}
         self.schedule = Schedule(key for key in settings.episodes if key not in self.done)
         self.unfinished: dict[EpisodeKey, str] = {}
+        self.first_reply: float | None = None
+        """When the first simulator had its scene, by `time.perf_counter`."""
         self._losses: dict[EpisodeKey, int] = {}
         self._losses_in_a_row = 0
         self._playing: dict[int, _Playing] = {}
@@ -176,7 +182,9 @@ class _Run:
             self._next(pool, slot)
         while self._playing:
             looks: list[tuple[int, Look]] = []
-            for slot, reply in pool.receive():
+            replies = pool.receive()
+            self.first_reply = self.first_reply or time.perf_counter()
+            for slot, reply in replies:
                 if isinstance(reply, Look):
                     looks.append((slot, reply))
                     continue

@@ -92,6 +92,7 @@ def result_dict(
         "latency_ms": {name: summary and summary.to_dict() for name, summary in latencies(result).items()},
         "resumed": result.resumed,
         "seconds": round(result.seconds, 1),
+        "start_seconds": round(result.start_seconds, 1),
         "unfinished": {key.name: reason for key, reason in result.unfinished.items()},
     }
     if baseline is not None:

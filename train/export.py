@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -43,26 +43,29 @@ def full_state(vat: VAT, masters: bool = True) -> dict[str, Tensor]:
     return state
 
 
-def write_policy(
+def make_policy(
     state: dict[str, Tensor],
     vat: VAT,
-    policy: PolicyConfig,
+    config: PolicyConfig,
     statistics: Sequence[Statistics],
-    folder: Path,
     lora: LoRAOptions | None = None,
-) -> None:
-    """Write the policy folder; adapters are merged.
+) -> Policy:
+    """A policy of its own from the weights of a model in training, float32 on the CPU; adapters are merged.
 
     Args:
         state: of `full_state`.
         vat: whose configuration the state has.
-        policy: cameras, images, tasks, gripper.
-        statistics: of every dataset; `policy.statistics_key` names the one that un-normalises.
-        folder: is made, its files are replaced one by one.
+        config: cameras, images, tasks, gripper.
+        statistics: of every dataset; `config.statistics_key` names the one that un-normalises.
         lora: of the run's adapters.
     """
     plain = state if lora is None else merge_lora(state, lora)
-    model = build(vat.config, plain, folder)
-    chosen = next(entry for entry in statistics if entry.key == policy.statistics_key)
-    Policy(cast(Predictor, cast(Any, model).eval()), policy, chosen).save_pretrained(folder)
+    model = build(vat.config, plain, Path("the model in training")).eval()
+    chosen = next(entry for entry in statistics if entry.key == config.statistics_key)
+    return Policy(cast(Predictor, model), config, chosen)
+
+
+def write_policy(policy: Policy, statistics: Sequence[Statistics], folder: Path) -> None:
+    """Write the policy folder with the statistics of every dataset; its files are replaced one by one."""
+    policy.save_pretrained(folder)
     save_statistics(folder / STATISTICS_FILE, statistics)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from vat_fast.model import VAT
 from vat_fast.train.build import build_engine, set_learning_rate
@@ -24,7 +25,7 @@ class StepResult:
     loss: mean over the step's forwards, detached.
     outcomes: of each forward, for the metrics.
     lr: the learning rate.
-    grad_norm: of the whole gradient before clipping; None where DeepSpeed does not compute it.
+    grad_norm: of the whole gradient before clipping.
     samples: of this rank.
     seconds: time in `data`, `forward`, `backward` and `optimizer`.
     """
@@ -32,7 +33,7 @@ class StepResult:
     loss: Tensor
     outcomes: list[Outcome]
     lr: float
-    grad_norm: float | None
+    grad_norm: float
     samples: int
     seconds: dict[str, float]
 
@@ -59,26 +60,31 @@ class Trainer:
 
     def train_step(self, loader: DemonstrationLoader) -> StepResult:
         """One optimiser step on the next batches of `loader`."""
-        t, engine = self.config.train, self.engine
+        config, engine, t = self.config, self.engine, self.config.train
         lr = learning_rate(self.step, self.total, t.lr, t.warmup, t.final_lr)
         set_learning_rate(engine.optimizer, lr)
         clock = Clock(self.device)
         outcomes, samples = [], 0
-        for micro in range(self.config.accumulation):
+        for micro in range(config.accumulation):
             batch = loader.prepare(next(loader), self.device)
             clock.lap("data")
             outcome: Outcome = engine(batch, self.noise(micro))
             clock.lap("forward")
             engine.backward(outcome.loss)
             clock.lap("backward")
+            norm = self._whole_gradient() if config.zero.stage == 0 else None
             engine.step()
             clock.lap("optimizer")
             outcomes.append(Outcome(outcome.loss.detach(), outcome.prediction, outcome.target))
             samples += len(batch["actions"])
         self.step += 1
-        norm = engine.get_global_grad_norm()
+        norm = engine.get_global_grad_norm() if norm is None else norm
         loss = torch.stack([outcome.loss for outcome in outcomes]).mean()
-        return StepResult(loss, outcomes, lr, None if norm is None else float(norm), samples, clock.seconds)
+        return StepResult(loss, outcomes, lr, float(norm), samples, clock.seconds)
+
+    def _whole_gradient(self) -> Tensor:
+        """Its norm at stage 0, where every rank has all gradients and DeepSpeed does not tell."""
+        return get_total_norm([p.grad for p in self.vat.parameters() if p.grad is not None])
 
     def noise(self, micro: int) -> torch.Generator | None:
         """The noise source of one forward of a diffusion head: keyed by its place, it needs no saving."""

@@ -9,9 +9,8 @@ import torch
 
 from vat_fast.actions import save_statistics
 from vat_fast.config import ConfigError
-from vat_fast.cost import forward_cost
 from vat_fast.files import write_text
-from vat_fast.policy import POLICY_FILE, STATISTICS_FILE
+from vat_fast.policy import POLICY_FILE, STATISTICS_FILE, Policy
 from vat_fast.train import launch
 from vat_fast.train.adapters import LoRAOptions, add_lora
 from vat_fast.train.build import build_model, describe_backend
@@ -19,12 +18,13 @@ from vat_fast.train.checkpoints import CheckpointError, Checkpoints
 from vat_fast.train.config import Config
 from vat_fast.train.datasets import open_data, prepare_paths
 from vat_fast.train.ema import MovingAverage
-from vat_fast.train.export import full_state, write_policy
+from vat_fast.train.estimate import training_flops
+from vat_fast.train.export import full_state, make_policy, write_policy
 from vat_fast.train.log import RunLog, Speedometer, peak_flops
 from vat_fast.train.loop import Trainer, total_steps
 from vat_fast.train.metrics import ActionErrors
 from vat_fast.train.parameter_groups import describe_groups
-from vat_fast.train.validate import rollout_hook, validate
+from vat_fast.train.validate import RolloutOptions, check_rollout, rollout, validate
 
 CONFIG_FILE, MODEL_CONFIG_FILE = "config.yaml", "config.json"
 
@@ -50,7 +50,10 @@ class Run:
         k, t = config.checkpoint, config.train
         self.checkpoints = Checkpoints(self.folder / "checkpoints", k.keep_last, k.keep_every)
         begin = self._choose_start(resume)
-        self.rollout = rollout_hook(config.validate.rollout)
+        self.rollout = None
+        if config.validate.rollout is not None:
+            self.rollout = RolloutOptions.from_dict(config.validate.rollout)
+            check_rollout(self.rollout)
         torch.use_deterministic_algorithms(t.deterministic)
 
         paths = prepare_paths(config, self.is_main)
@@ -81,7 +84,8 @@ class Run:
         trainer, config = self.trainer, self.config
         v, k = config.validate, config.checkpoint
         dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
-        flops = 3.0 * forward_cost(trainer.vat.config).total  # the backward costs two forwards
+        lora = None if config.train.lora is None else LoRAOptions.from_dict(config.train.lora)
+        flops = training_flops(trainer.vat.config, lora)
         speed = Speedometer(flops, peak_flops(self.place.device, dtype), self.place.world_size, self.place.device)
         errors, losses = ActionErrors(), ActionErrors()
         saved = trainer.step
@@ -133,11 +137,12 @@ class Run:
                 )
                 kind = "validation" if len(self.data.validation) == 1 else f"validation {name}"
                 self.log.write(trainer.step, kind, found.to_dict())
-            if self.rollout is not None:
-                statistics = next(iter(self.data.statistics.values()))
-                found = self.rollout(trainer.vat, self.data.policy, statistics, **(config.validate.rollout or {}))
-                self.log.write(trainer.step, "rollout", found)
         trainer.engine.train()
+        if self.rollout is not None:
+            policy = self.policy()
+            if self.is_main:
+                # The other ranks wait in the next step's communication, which has the process group's time limit.
+                self.log.write(trainer.step, "rollout", rollout(policy, self.rollout))
 
     def save(self) -> None:
         """Write a checkpoint; what a failure means is the configuration's choice.
@@ -155,16 +160,22 @@ class Run:
                 raise
             self.log.say(f"no checkpoint of step {step}, training goes on: {error}")
 
-    def export(self) -> None:
-        """Write the policy folder `policy` from the averaged weights, or the weights where there are none."""
-        config, vat = self.config, self.trainer.vat
+    def policy(self) -> Policy:
+        """The policy of this moment, from the averaged weights where there are any; call it on all ranks together."""
+        vat, lora = self.trainer.vat, self.config.train.lora
         with contextlib.nullcontext() if self.ema is None else self.ema.applied():
             weights = full_state(vat, masters=self.ema is None)
+        statistics = list(self.data.statistics.values())
+        return make_policy(
+            weights, vat, self.data.policy, statistics, None if lora is None else LoRAOptions.from_dict(lora)
+        )
+
+    def export(self) -> None:
+        """Write the policy folder `policy` in the run's folder."""
+        policy = self.policy()
         if self.is_main:
-            lora = None if config.train.lora is None else LoRAOptions.from_dict(config.train.lora)
             folder = self.folder / "policy"
-            statistics = list(self.data.statistics.values())
-            write_policy(weights, vat, self.data.policy, statistics, folder, lora)
+            write_policy(policy, list(self.data.statistics.values()), folder)
             self.log.say(f"the policy is in {folder}")
 
     def close(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 
 from vat_fast.actions import Statistics
 from vat_fast.config import ConfigError
+from vat_fast.policy import Policy
 from vat_fast.train.data.loader import DemonstrationLoader
 from vat_fast.train.metrics import ActionErrors, ErrorTable
 from vat_fast.train.step import Outcome
@@ -72,19 +73,66 @@ def validate(
     return Validation(losses.result().l1, errors.result(statistics))
 
 
-def rollout_hook(arguments: Mapping[str, Any] | None) -> Callable[..., Mapping[str, Any]] | None:
-    """`vat_fast.rollout.rollout_during_training`, which plays episodes with a policy, or None where not asked for.
+@dataclass(frozen=True)
+class RolloutOptions:
+    """LIBERO episodes that a policy in training plays in the simulator.
+
+    suite: "libero_spatial" for example.
+    episodes: of each task, from its first official initial states.
+    tasks: indices in the suite; None: all.
+    processes: simulators side by side.
 
     Raises:
-        ConfigError: asked for, and it is not there.
+        ConfigError: a number below 1.
     """
-    if arguments is None:
-        return None
-    if importlib.util.find_spec("vat_fast.rollout") is None:
-        raise ConfigError("validate.rollout needs the package vat_fast.rollout, which is not installed; set it to null")
-    from vat_fast import rollout  # type: ignore[attr-defined, unused-ignore]
 
-    hook = getattr(rollout, "rollout_during_training", None)
-    if hook is None:
-        raise ConfigError("this vat_fast.rollout cannot be called during training; set validate.rollout to null")
-    return hook  # type: ignore[no-any-return]
+    suite: str
+    episodes: int = 2
+    tasks: list[int] | None = None
+    processes: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "processes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"validate.rollout.{name} must be a whole number of at least 1, got {value!r}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RolloutOptions:
+        """From the configuration's mapping.
+
+        Raises:
+            ConfigError: an unknown key, no suite, or a value that cannot be.
+        """
+        known = [entry.name for entry in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"unknown key validate.rollout.{key}; it has {', '.join(known)}")
+        if "suite" not in values:
+            raise ConfigError("validate.rollout.suite is missing: libero_spatial for example")
+        return cls(**values)
+
+
+def check_rollout(options: RolloutOptions) -> None:
+    """Raise one ConfigError, before anything is trained, where the episodes could not be played."""
+    try:
+        from vat_fast.rollout.install_check import check_simulator
+
+        check_simulator(rendering=True)
+        _rollout_settings(options)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"validate.rollout cannot run here: {error}; set it to null") from error
+
+
+def rollout(policy: Policy, options: RolloutOptions) -> dict[str, Any]:
+    """Play the episodes in this process's simulators: success rate, episodes, and seconds."""
+    from vat_fast.rollout.libero import evaluate_libero
+
+    result = evaluate_libero(policy, _rollout_settings(options), processes=options.processes, progress=False)
+    return {"success_rate": result.success_rate, "episodes": len(result.records), "seconds": result.seconds}
+
+
+def _rollout_settings(options: RolloutOptions) -> Any:
+    from vat_fast.rollout.libero import libero_settings
+
+    return libero_settings(options.suite, tasks=options.tasks, init_states=range(options.episodes))

@@ -135,9 +135,7 @@ def main() -> None:
     parser.add_argument("--task", type=int, default=0)
     parser.add_argument("--steps", type=int, default=100, help="of each episode (default 100)")
     parser.add_argument("--plain-episodes", type=int, default=2)
-    parser.add_argument(
-        "--episodes", type=int, default=50, help="of the fast run; the others are among them (default 50)"
-    )
+    parser.add_argument("--episodes", type=int, default=50, help="of the fast run (default 50)")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--preset", default="vit-tiny")
     parser.add_argument("--out", type=Path, default=Path("docs/rollout.json"))

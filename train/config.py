@@ -425,9 +425,9 @@ def _check(config: Config) -> None:
         "checkpoint.keep_last": k.keep_last,
         "checkpoint.keep_every": k.keep_every,
     }
-    for name, value in at_least_one.items():
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} must be at least 1 (or null), got {value}")
+    for name, count in at_least_one.items():
+        if count is not None and count < 1:
+            raise ConfigError(f"{name} must be at least 1 (or null), got {count}")
     ranges = [
         ("data.workers", d.workers, d.workers >= 0, "at least 0"),
         ("seed", c.seed, c.seed >= 0, "at least 0"),

@@ -32,7 +32,8 @@ from vat_fast.kernels import configs, tables
 from vat_fast.kernels.eight_bit import LARGEST, Quantized, check_scales, quantize_rows
 
 # "gelu" is exact (by erf); "gelu_tanh" the approximation that some timm backbones were trained with.
-ACTIVATIONS = ("none", "gelu", "gelu_tanh")
+# "relu" is the head's.
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu")
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -73,6 +74,8 @@ def activate_ref(y: Tensor, activation: str) -> Tensor:
     """One of ``ACTIVATIONS`` by torch."""
     if activation == "none":
         return y
+    if activation == "relu":
+        return F.relu(y)
     return F.gelu(y, approximate="none" if activation == "gelu" else "tanh")
 
 
@@ -226,6 +229,8 @@ def linear_epilogue(
         v = gelu(v)
     elif ACTIVATION == "gelu_tanh":
         v = gelu_tanh(v)
+    elif ACTIVATION == "relu":
+        v = tl.maximum(v, 0.0)
     if scale_ptr is not None:
         v *= tl.load(scale_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
     if residual_ptr is not None:

@@ -235,3 +235,11 @@ def test_compiled_equals_eager_equals_kernel():
     y = gemm.norm_linear._init_fn(x, weight, bias, weight.sum(1), 1e-6, "gelu")
     kernel = gemm.linear._init_fn(y, weight.t().contiguous(), None, "none", x) + 1
     torch.testing.assert_close(kernel, eager, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", [name for name in gemm.ACTIVATIONS if name != "gelu"])
+def test_other_activations(activation: str) -> None:
+    x, weight, bias, residual = (normal(*shape, seed=i) for i, shape in enumerate([(7, 48), (40, 48), (40,), (7, 40)]))
+    out = torch.full((7, 40), float("nan"))
+    gemm.launch_linear(x, weight, out, bias_N=bias, activation=activation, residual_MN=residual)
+    torch.testing.assert_close(out, gemm.linear_ref(x, weight, bias, activation, residual), rtol=1e-5, atol=1e-5)

@@ -56,3 +56,31 @@ def test_bytes_and_half_precision() -> None:
     frozen = FrozenVAT(vat, executor="triton", dtype="fp16", images="uint8")
     assert frozen.plan.steps[0].op == "patch_embed"
     assert relative(frozen(images, task).double(), truth) < 2 * relative(eager.double(), truth)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+@pytest.mark.parametrize(("preset", "variant"), [("siglip2-so400m", "VAT"), ("dinov2-large", "proprio")])
+@torch.inference_mode()
+def test_eight_bits_in_launches(preset: str, variant: str, dtype: str) -> None:
+    """Within twice what rounding every linear's weight and input to 8 bits does to the reference."""
+    config = small_config(preset, variant).replace(**SMALL)
+    vat, reference = models(config)
+    args = arguments(config, 2)
+    truth = reference(*args)
+    kind = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[dtype]
+    for module in reference.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = rounded(module.weight.data, kind)
+            module.register_forward_pre_hook(lambda _, inputs: (rounded(inputs[0], kind),))
+    frozen = FrozenVAT(vat, batch=2, executor="triton", dtype=dtype)
+    quantised = [step for step in frozen.plans[2].steps if "quantised" in step.options]
+    assert len(quantised) > 5 * (config.layers - 1)
+    error, eager = relative(frozen(*args), truth), relative(reference(*args), truth)
+    assert 0 < error < 2 * eager
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """To 8 bits and back, a scale per row."""
+    from vat_fast.kernels.eight_bit import quantize_ref
+
+    return quantize_ref(x.flatten(0, -2), dtype).dequantize().view(x.shape)

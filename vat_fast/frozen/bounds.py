@@ -11,13 +11,9 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import torch
-
 from vat_fast.frozen.costs import attention_shape, gemm_shape, step_cost, weight_bytes
 from vat_fast.frozen.plan import BYTES, Plan, Step
-from vat_fast.kernels.gemm import linear_config
-from vat_fast.kernels.low_precision import quant_linear_config
-from vat_fast.kernels.patch_embed import patch_embed_config
+from vat_fast.frozen.tiles import blocks
 from vat_fast.kernels.static_model import DEVICES, Device
 
 L2_MB = {"A100": 40, "Orin": 4, "4090": 72, "H100": 50, "B200": 126, "Thor": 32, "MI300X": 256}
@@ -123,9 +119,9 @@ def _tiles(plan: Plan, step: Step, part: Device) -> tuple[float, float]:
     """
     if step.op in ("linear", "patch_embed"):
         M, N, K = gemm_shape(plan, step)
-        blocks = gemm_blocks(plan, step, part)
-        programs = math.ceil(M / blocks["BLOCK_M"]) * math.ceil(N / blocks["BLOCK_N"]) * blocks["SPLIT_K"]
-        program = 2.0 * blocks["BLOCK_M"] * blocks["BLOCK_N"] * K / blocks["SPLIT_K"]
+        tile = blocks(plan, step, part.arch)
+        programs = math.ceil(M / tile["BLOCK_M"]) * math.ceil(N / tile["BLOCK_N"]) * tile["SPLIT_K"]
+        program = 2.0 * tile["BLOCK_M"] * tile["BLOCK_N"] * K / tile["SPLIT_K"]
         return math.ceil(programs / part.multiprocessors) * program * part.multiprocessors, programs * program
     if step.op in ("attention", "cross_attention"):
         groups, queries, keys, width = attention_shape(plan, step)
@@ -138,18 +134,6 @@ def _tiles(plan: Plan, step: Step, part: Device) -> tuple[float, float]:
                 best = min(best, (math.ceil(tiles / part.multiprocessors) * tile * part.multiprocessors, tiles * tile))
         return best
     return 0.0, 0.0
-
-
-def gemm_blocks(plan: Plan, step: Step, part: Device) -> dict[str, int]:
-    """The shipped block sizes for a matrix product: BLOCK_M, BLOCK_N, SPLIT_K and the rest."""
-    M, N, K = gemm_shape(plan, step)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[plan.dtype]
-    if step.op == "patch_embed":
-        return {"SPLIT_K": 1, **patch_embed_config(M, N, dtype, part.arch)}
-    if "quantised" in step.options:
-        narrow = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[step.options["quantised"]]
-        return quant_linear_config(M, N, K, narrow, K, part.arch)
-    return linear_config(M, N, K, dtype, part.arch)
 
 
 def dram_traffic(plan: Plan, l2_bytes: int, executor: str) -> dict[str, float]:

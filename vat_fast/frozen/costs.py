@@ -46,7 +46,7 @@ def step_cost(plan: Plan, step: Step, executor: str) -> StepCost:
 
 def gemm_shape(plan: Plan, step: Step) -> tuple[int, int, int]:
     """(M, N, K) of a linear or patch embedding: y (M, N) = x (M, K) W (N, K)^T."""
-    shape = plan.shape(step.outputs["y"])
+    shape = plan.shape(next(step.outputs[role] for role in ("y", "film", "eight") if role in step.outputs))
     weight = plan.weights[step.weights["weight"]].shape
     if step.op == "patch_embed":
         patches = shape[0] * (shape[1] - step.options["views"] * step.options["prefix"])
@@ -91,8 +91,8 @@ def in_triton(op: str, options: Mapping[str, Any]) -> bool:
     if op == "patch_embed":
         return "mean" in options
     if op == "linear":
-        return options.get("activation") in (None, "gelu", "gelu_tanh")
-    return op in ("norm", "attention", "cross_attention")
+        return options.get("activation") in (None, "gelu", "gelu_tanh", "relu")
+    return op in ("norm", "attention", "cross_attention", "quantise")
 
 
 def triton_launches(step: Step) -> int:

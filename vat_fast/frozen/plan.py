@@ -136,6 +136,7 @@ OPS: dict[str, str] = {
     "add": "y = x + weight",
     "reshape": "y = x in another shape and dtype",
     "select": "y = the tokens of each view without its prefix",
+    "quantise": "8 bits of x, a scale per token",
     "ddim": "one reverse diffusion step on the sample, by the predicted noise",
 }
 """What an executor must know; the roles and options of each are those that `build` writes."""

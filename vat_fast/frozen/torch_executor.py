@@ -20,6 +20,8 @@ DTYPES = {
     "fp16": torch.float16,
     "int64": torch.int64,
     "uint8": torch.uint8,
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
 }
 
 

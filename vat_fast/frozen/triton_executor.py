@@ -15,11 +15,15 @@ from torch import Tensor
 
 from vat_fast.frozen.costs import gemm_shape, in_triton
 from vat_fast.frozen.plan import Plan, Step
+from vat_fast.frozen.tiles import blocks
 from vat_fast.frozen.torch_executor import TorchExecutor, view
+from vat_fast.frozen.weights import SCALE
 from vat_fast.kernels.cross_attention import launch_cross_attention, make_workspace
+from vat_fast.kernels.eight_bit import Quantized
 from vat_fast.kernels.film_norm import launch_film_layernorm
-from vat_fast.kernels.gemm import Film, RowStats, Workspace, launch_linear, linear_config
-from vat_fast.kernels.patch_embed import launch_patch_embed, patch_embed_config
+from vat_fast.kernels.gemm import Film, RowStats, Workspace, launch_linear
+from vat_fast.kernels.low_precision import launch_quant_linear, launch_quantize
+from vat_fast.kernels.patch_embed import launch_patch_embed
 from vat_fast.kernels.vision_attention import launch_vision_attention
 
 Launch = Callable[[], None]
@@ -29,8 +33,8 @@ class TritonExecutor(TorchExecutor):
     """A plan bound to tensors, as launches in two streams.
 
     Args:
-        plan: scheduled; without 8-bit steps.
-        weights: as `materialise` gives them: matrices in the plan's dtype, vectors in float32.
+        plan: scheduled.
+        weights: as `materialise` gives them: matrices in the plan's dtype or in 8 bits, vectors in float32.
         constants: values of the plan's constant buffers.
         device: of a CUDA or ROCm GPU; a CPU under the interpreter.
         graph: capture the whole step in one graph at the first run (not under the interpreter).
@@ -124,16 +128,21 @@ class TritonExecutor(TorchExecutor):
         return getattr(self, f"_launch_{step.op}")(step, inputs, outputs)
 
     def _launch_linear(self, step: Step, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Launch:
-        weight, bias = self.weights[step.weights["weight"]], self.weights[step.weights["bias"]].float()
+        name = step.weights["weight"]
+        weight, bias = self.weights[name], self.weights[step.weights["bias"]].float()
+        scale = self.weights.get(f"{name}{SCALE}")
         if "rows" in step.options:
             rows = slice(*step.options["rows"])
             weight, bias = weight[rows], bias[rows]
-        x, y = _matrix(inputs["x"]), _matrix(outputs["y"])
+            scale = None if scale is None else scale[rows]
+        y = _matrix(outputs["y"]) if "y" in outputs else None
         film = None
-        if "film" in outputs:
+        if "film" in step.weights:
             gamma, beta = self.weights[step.weights["film"]].chunk(2, dim=-1)
-            rows_per_sample = y.shape[0] // self.plan.batch
-            film = Film(gamma, beta, _matrix(outputs["film"]), rows_per_sample, inputs["task_id"])
+            modulated = _matrix(outputs["film"]) if "film" in outputs else None
+            rows_per_sample = gemm_shape(self.plan, step)[0] // self.plan.batch
+            film = Film(gamma, beta, modulated, rows_per_sample, inputs["task_id"])
+        tile = blocks(self.plan, step)
         arguments: dict[str, Any] = {
             "bias_N": bias,
             "activation": step.options.get("activation", "none"),
@@ -141,15 +150,28 @@ class TritonExecutor(TorchExecutor):
             "residual_MN": _matrix(inputs["residual"]) if "residual" in inputs else None,
             "film": film,
             "stats_out": self._stats(step, outputs),
+            "eight_out": _quantized(outputs["eight"], outputs["scales"], tile["BLOCK_N"])
+            if "eight" in outputs
+            else None,
             "workspace": self._workspaces.get(step.stream),
-            "config": linear_config(y.shape[0], y.shape[1], x.shape[1], x.dtype),
+            "config": tile,
         }
         if "norm" in step.options:
             # Of the rounded weight: the sums must cancel the row mean as the tensor cores see it.
-            arguments["row_sum_N"] = weight.double().sum(1).float()
+            sums = weight.double().sum(1) * (1.0 if scale is None else scale.double())
+            arguments["row_sum_N"] = sums.float()
             arguments["norm"] = RowStats(inputs["stats"], self._stats_width(step.inputs["stats"].buffer))
             arguments["eps"] = step.options["norm"]
+        if scale is not None:
+            x8 = _quantized(inputs["x"], inputs["scales"], step.options["group"])
+            return lambda: launch_quant_linear(x8, weight, scale, y, **arguments)
+        x = _matrix(inputs["x"])
         return lambda: launch_linear(x, weight, y, **arguments)
+
+    def _launch_quantise(self, step: Step, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Launch:
+        x = _matrix(inputs["x"])
+        eight = _quantized(outputs["eight"], outputs["scales"], x.shape[1])
+        return lambda: launch_quantize(x, eight, norm=False)
 
     def _launch_attention(self, step: Step, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Launch:
         o, views = step.options, self.plan.batch * step.options["views"]
@@ -202,13 +224,7 @@ class TritonExecutor(TorchExecutor):
 
     def _stats_width(self, buffer: str) -> int:
         """Columns per part of the statistics in `buffer`: the tile width of the step that writes them."""
-        step = self._producer[buffer]
-        M, N, K = gemm_shape(self.plan, step)
-        dtype = self.tensors[step.outputs["y"].buffer].dtype
-        if step.op == "patch_embed":
-            rows = self.tensors[step.outputs["y"].buffer].shape
-            return patch_embed_config(rows[0] * rows[1], N, dtype)["BLOCK_N"]
-        return linear_config(M, N, K, dtype)["BLOCK_N"]
+        return blocks(self.plan, self._producer[buffer])["BLOCK_N"]
 
     def _keep(self, *shape: int) -> Tensor:
         """Float32 scratch that the kernel writes and nobody reads, alive as long as the executor."""
@@ -218,16 +234,18 @@ class TritonExecutor(TorchExecutor):
 
 def _split_workspaces(plan: Plan, device: torch.device) -> dict[str, Workspace]:
     """Scratch for split products, one per stream: launches that may overlap must not share it."""
-    from vat_fast.frozen.torch_executor import DTYPES
-
     sizes: dict[str, tuple[int, int]] = {}
     for step in plan.all_steps:
         if step.op == "linear" and in_triton(step.op, step.options):
-            M, N, K = gemm_shape(plan, step)
-            need = Workspace.sizes(M, N, linear_config(M, N, K, DTYPES[plan.dtype]))
+            M, N, _ = gemm_shape(plan, step)
+            need = Workspace.sizes(M, N, blocks(plan, step))
             have = sizes.get(step.stream, (0, 0))
             sizes[step.stream] = (max(have[0], need[0]), max(have[1], need[1]))
     return {stream: Workspace.allocate(size, device) for stream, size in sizes.items()}
+
+
+def _quantized(values: Tensor, scales: Tensor, group: int) -> Quantized:
+    return Quantized(_matrix(values), scales, group)
 
 
 def _matrix(x: Tensor) -> Tensor:

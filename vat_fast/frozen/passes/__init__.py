@@ -8,6 +8,7 @@ from difflib import get_close_matches
 
 from vat_fast.frozen.passes.constants import film_table, first_layer_constants
 from vat_fast.frozen.passes.dead import drop_dead_layer
+from vat_fast.frozen.passes.eight_bit import quantise_in_epilogues
 from vat_fast.frozen.passes.epilogues import fuse_epilogues, fuse_norms
 from vat_fast.frozen.passes.merge import merge_projections, share_steps, views_as_batch
 from vat_fast.frozen.passes.norms import fold_layer_scale, fold_norms
@@ -55,7 +56,13 @@ PASSES: tuple[Pass, ...] = (
         "quantise",
         quantise,
         "8-bit weights and activations (changes the result; accepted by measured error)",
-        lambda target: target.dtype in ("int8", "fp8"),
+        lambda target: target.dtype in ("int8", "fp8") and target.executor != "triton",
+    ),
+    Pass(
+        "quantise",
+        quantise_in_epilogues,
+        "8-bit weights, and activations rounded by the launch before (accepted by measured error)",
+        lambda target: target.dtype in ("int8", "fp8") and target.executor == "triton",
     ),
 )
 """In the order they run. `streams.split_streams` and `memory.reuse_buffers` follow, under these names."""

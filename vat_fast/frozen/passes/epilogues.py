@@ -8,6 +8,7 @@ from vat_fast.frozen.costs import in_triton
 from vat_fast.frozen.passes.rewrite import only_reader, whole
 from vat_fast.frozen.plan import Access, Buffer, Plan, Step
 from vat_fast.frozen.target import Target
+from vat_fast.frozen.tiles import blocks
 
 
 def fuse_epilogues(plan: Plan, target: Target) -> Plan:
@@ -91,7 +92,7 @@ def fuse_norms(plan: Plan, target: Target) -> Plan:
             )
         stats = f"{step.name}.stats"
         shape = plan.buffers[x.buffer].shape
-        buffers[stats] = Buffer(stats, (2, _parts(source, shape, plan, target), shape[0] * shape[1]), "fp32")
+        buffers[stats] = stats_buffer(stats, shape, blocks(plan, before[0], target.arch)["BLOCK_N"])
         outputs["stats"] = Access(stats)
         change[source.name] = (source.replace(outputs=outputs, inputs=inputs, weights=weights),)
         change[step.name] = ()
@@ -104,18 +105,6 @@ def fuse_norms(plan: Plan, target: Target) -> Plan:
     return plan.replace(buffers=buffers).rewritten(change)
 
 
-def _parts(source: Step, shape: tuple[int, ...], plan: Plan, target: Target) -> int:
-    """How many tiles of columns leave statistics of their own: what the kernel's configuration says."""
-    import torch
-
-    from vat_fast.kernels.gemm import linear_config, stats_parts
-    from vat_fast.kernels.patch_embed import patch_embed_config
-
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[plan.dtype]
-    rows, width = shape[0] * shape[1], shape[-1]
-    if source.op == "patch_embed":
-        block = patch_embed_config(rows, width, dtype, target.arch)["BLOCK_N"]
-    else:
-        K = plan.weights[source.weights["weight"]].shape[1]
-        block = linear_config(rows, width, K, dtype, target.arch)["BLOCK_N"]
-    return stats_parts(width, block)
+def stats_buffer(name: str, shape: tuple[int, ...], width: int) -> Buffer:
+    """Means and squared deviations of rows (B, tokens, D), in parts of `width` columns."""
+    return Buffer(name, (2, -(-shape[-1] // width), shape[0] * shape[1]), "fp32")

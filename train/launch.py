@@ -8,8 +8,11 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -19,32 +22,41 @@ STOPPED = 75
 """Exit status of a run that was asked to stop and saved itself: "try again" (EX_TEMPFAIL)."""
 
 _PR_SET_PDEATHSIG = 1
+_WATCH_SECONDS = 0.5
 _stop_signals: list[int] = []
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands: `rank` of `world_size`, `local_rank` on its machine, and its device."""
+    """Where this process stands: `rank` of `world_size`, `local_rank` on its machine, and its device.
+
+    is_launched: a launcher started it, with a place in its environment.
+    """
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    is_launched: bool = True
 
 
 @contextlib.contextmanager
 def start(threads: int | None = None) -> Iterator[Place]:
     """Join the other ranks; leave them at the end.
 
-    Works under the launchers `deepspeed` and `torchrun`, and alone, as one rank. The rank dies with its launcher.
-    SIGTERM and SIGINT are noted for `stop_requested`. An error is printed in one line that names the rank.
+    Works under the launchers `deepspeed` and `torchrun`, and alone, as one rank. The rank dies with the process that
+    started it. SIGTERM and SIGINT are noted for `stop_requested`, and so is the end of the `deepspeed` command, whose
+    own process does not hand signals on. An error is printed in one line that names the rank.
 
     Args:
         threads: of PyTorch on a CPU; None: the machine's cores divided by its ranks.
+
+    Raises:
+        SystemExit: the launcher ended before this rank began.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     place = _place()
+    if sys.platform == "linux" and place.is_launched:
+        _die_with_parent()
     if place.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -60,6 +72,8 @@ def start(threads: int | None = None) -> Iterator[Place]:
         compatible["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if place.device.type == "cuda" else "gloo", verbose=False)
     _stop_signals.clear()
+    if sys.platform == "linux" and place.is_launched:
+        _stop_with_command()
     before = {number: signal.signal(number, _note_stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield place
@@ -84,7 +98,8 @@ def stop_requested() -> bool:
 
 def _place() -> Place:
     """From the launcher's environment variables, which a process on its own gets here."""
-    if "RANK" not in os.environ:
+    is_launched = "RANK" in os.environ
+    if not is_launched:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -98,7 +113,44 @@ def _place() -> Place:
         os.environ.update(alone)
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    return Place(int(os.environ["RANK"]), local_rank, int(os.environ["WORLD_SIZE"]), device)
+    return Place(int(os.environ["RANK"]), local_rank, int(os.environ["WORLD_SIZE"]), device, is_launched)
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends, however it ends."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # Orphans belong to init; a launcher is Python, and init is not.
+    if os.getppid() != parent or (parent == 1 and "python" not in _command_line(1)):
+        sys.exit("train: the launcher ended before this rank began")
+
+
+def _stop_with_command() -> None:
+    """Ask for a stop when the `deepspeed` command ends, which its per-machine launcher, our parent, survives."""
+    launcher = os.getppid()
+    if "deepspeed.launcher.launch" not in _command_line(launcher):
+        return
+    command = _parent_of(launcher)
+
+    def watch() -> None:
+        while _parent_of(launcher) == command:
+            time.sleep(_WATCH_SECONDS)
+        _stop_signals.append(signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher watch", daemon=True).start()
+
+
+def _command_line(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+
+
+def _parent_of(pid: int) -> int | None:
+    """The parent of a process, or None where that process is gone."""
+    try:
+        # The name in brackets, which may hold spaces, stands before state and parent.
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+    except OSError:
+        return None
 
 
 def _note_stop(number: int, _: FrameType | None) -> None:

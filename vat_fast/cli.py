@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, or 2 for input that cannot be used."""
     parser = argparse.ArgumentParser(prog="vat-fast", description="Vision Action Transformer, made fast.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_act, _add_convert, _add_explain, _add_data, _add_eval, _add_doctor):
+    for add in (_add_demo, _add_act, _add_convert, _add_explain, _add_data, _add_collect, _add_eval, _add_doctor):
         add(commands)
     args = parser.parse_args(arguments)
     try:
@@ -210,6 +210,12 @@ def _add_explain(commands: Commands) -> None:
 def _add_data(commands: Commands) -> None:
     # The data tools are a floor above this one; the command line is where a user finds them.
     from vat_fast.train.data.cli import add_commands
+
+    add_commands(commands)
+
+
+def _add_collect(commands: Commands) -> None:
+    from vat_fast.rollout.cli import add_commands
 
     add_commands(commands)
 

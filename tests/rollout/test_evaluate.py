@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,26 +146,32 @@ def test_an_episode_that_fails_twice_is_left_out_and_tried_by_a_rerun(
 
 
 def test_simulators_that_only_die_end_the_evaluation(tmp_path: Path) -> None:
-    trouble = Trouble("kill", task=0, init_state=3, marker=str(tmp_path / "struck"), times=99)
-    settings = dataclasses.replace(SETTINGS, tasks=(0,), init_states=(3,))
-    result = run(settings=settings, scenes=ToyScenes(trouble))
+    trouble = Trouble("raise", task=0, init_state=None, marker=str(tmp_path / "struck"), times=99)
+    settings = dataclasses.replace(SETTINGS, tasks=(0,), init_states=tuple(range(9)))
+    with pytest.raises(EvaluationError, match=r"(?s)6 simulators in a row were lost.*the toy is broken"):
+        run(settings=settings, scenes=ToyScenes(trouble), processes=1)
+
+
+def test_without_a_finished_episode_there_is_no_rate(tmp_path: Path) -> None:
+    trouble = Trouble("raise", task=0, init_state=3, marker=str(tmp_path / "struck"), times=2)
+    result = run(settings=dataclasses.replace(SETTINGS, tasks=(0,), init_states=(3,)), scenes=ToyScenes(trouble))
     assert not result.records
-    assert len(result.unfinished) == 1
+    assert "the toy is broken" in result.unfinished[EpisodeKey(0, 3)]
     assert np.isnan(result.success_rate)
 
 
-def test_a_worker_killed_from_outside_costs_one_retry(expected: list[tuple[Any, ...]]) -> None:
-    def kill_first(pool: Any) -> None:
-        send = pool.send
+def test_a_simulator_killed_from_outside_costs_one_retry(expected: list[tuple[Any, ...]]) -> None:
+    def kill_one() -> None:
+        while not multiprocessing.active_children():
+            time.sleep(0.001)
+        pid = multiprocessing.active_children()[0].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
 
-        def send_and_kill(slot: int, command: Any) -> None:
-            send(slot, command)
-            pool.send = send
-            os.kill(pool.processes[slot], signal.SIGKILL)
-
-        pool.send = send_and_kill
-
-    result = run(on_start=kill_first)
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    result = run()
+    killer.join()
     assert outcomes(result) == expected
     assert sum(r.attempts == 2 for r in result.records) == 1
 

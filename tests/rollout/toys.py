@@ -64,17 +64,18 @@ class Trouble:
     """What goes wrong in some episode.
 
     kind: "kill" the process, "hang" it, or "raise" an exception.
+    task, init_state: in which; init_state None: in all of the task.
     marker: a file that says how often it has happened; it stops after `times`.
     """
 
     kind: str = ""
     task: int = 0
-    init_state: int = 0
+    init_state: int | None = 0
     marker: str = ""
     times: int = 1
 
     def strike(self, task: int, init_state: int) -> None:
-        if not self.kind or (task, init_state) != (self.task, self.init_state):
+        if not self.kind or task != self.task or self.init_state not in (None, init_state):
             return
         path = Path(self.marker)
         count = len(path.read_text()) if path.is_file() else 0

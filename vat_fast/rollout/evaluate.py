@@ -8,7 +8,7 @@ bits depend on how many rows it has, so a batch would make an episode depend on 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,6 @@ def evaluate(
     timeout: float = 120.0,
     start_timeout: float = 300.0,
     progress: bool = True,
-    on_start: Callable[[SimulatorPool], None] | None = None,
 ) -> EvaluationResult:
     """Run every episode of `settings` that has not finished yet. `evaluate_libero` names tasks and scenes itself.
 
@@ -98,7 +97,6 @@ def evaluate(
         timeout, start_timeout: seconds without a reply after which a simulator counts as hung, the second where it
             has to make a scene first. A dead or hung simulator costs one retry of its episode.
         progress: show a bar.
-        on_start: called with the pool before the first episode.
 
     Raises:
         EvaluationError: a scene cannot be made, or simulators die without one episode finishing.
@@ -116,8 +114,6 @@ def evaluate(
         SimulatorPool(slots, (scenes, settings, script), timeout=timeout, start_timeout=start_timeout) as pool,
         tqdm(total=len(settings.episodes), initial=resumed, unit="episode", disable=not progress) as bar,
     ):
-        if on_start is not None:
-            on_start(pool)
         run.play(pool, bar)
     records = [run.done[key] for key in settings.episodes if key in run.done]
     end = time.perf_counter()

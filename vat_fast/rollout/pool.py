@@ -59,11 +59,6 @@ class SimulatorPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def processes(self) -> list[int | None]:
-        """Process ids by slot; None where none runs."""
-        return [None if slot is None else slot.process.pid for slot in self._slots]
-
     def task(self, slot: int) -> int | None:
         """The task whose scene a slot holds."""
         held = self._slots[slot]

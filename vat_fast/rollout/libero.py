@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +19,23 @@ from vat_fast.rollout.suites import max_steps, suite_name, task_names
 
 @dataclass(frozen=True)
 class LiberoScenes:
-    """Makes the scene of a task; see `Scene` for the fields."""
+    """Makes the scene of a task; see `Scene` for the fields.
+
+    render_threads: of a software renderer, where LP_NUM_THREADS does not say; the images do not depend on it. None:
+        one per core.
+    """
 
     suite: str
     size: int = 256
     render: str = "official"
     cameras: tuple[str, ...] = CAMERAS
+    render_threads: int | None = None
 
     def __call__(self, task: int) -> Scene:
         """The scene of a task of the suite."""
+        if self.render_threads is not None:
+            # Mesa reads it when it makes a process's first context.
+            os.environ.setdefault("LP_NUM_THREADS", str(self.render_threads))
         return Scene(self.suite, task, size=self.size, render=RenderSettings.named(self.render), cameras=self.cameras)
 
 
@@ -56,9 +65,10 @@ def evaluate_libero(
     settings: EvaluationSettings,
     *,
     folder: str | Path | None = None,
+    processes: int = 2,
     **options: Any,
 ) -> EvaluationResult:
-    """`evaluate` in LIBERO's scenes; `options` are its others (processes, timeout, progress, ...).
+    """`evaluate` in LIBERO's scenes; `options` are its others (timeout, progress, ...).
 
         result = evaluate_libero(policy, libero_settings("goal", tasks=[3], init_states=range(5)))
         result.success_rate
@@ -69,8 +79,10 @@ def evaluate_libero(
     """
     cameras = () if isinstance(policy, ScriptedPolicy) else simulator_cameras(policy.config.cameras)
     check_simulator(rendering=bool(cameras))
-    scenes = LiberoScenes(settings.suite, settings.image_size, settings.render, cameras)
-    return evaluate(policy, settings, names=task_names(settings.suite), scenes=scenes, folder=folder, **options)
+    threads = max(1, (os.cpu_count() or 1) // max(1, processes))
+    scenes = LiberoScenes(settings.suite, settings.image_size, settings.render, cameras, threads)
+    names = task_names(settings.suite)
+    return evaluate(policy, settings, names=names, scenes=scenes, folder=folder, processes=processes, **options)
 
 
 def simulator_cameras(names: Sequence[str]) -> tuple[str, ...]:

@@ -33,6 +33,10 @@ class Runner(Protocol):
         """Actions (B, C, A) for the plan's inputs; may be overwritten by the next run."""
         ...
 
+    def output(self, name: str) -> Tensor:
+        """What the last run left in the plan's output `name`."""
+        ...
+
 
 class FrozenVAT:
     """Made by `VAT.freeze`; called like a VAT.
@@ -56,6 +60,7 @@ class FrozenVAT:
         without: names of passes to leave out.
         calibration: for "int8" on CPUs: recorded samples, 32 or more over all tasks, each a mapping with `pixels`,
             `task_id`, `proprio` as they are passed to a call; the ranges of activations come from them.
+        record_layers: keep the action tokens of every layer for `action_tokens`, at some cost in speed.
 
     Raises:
         ValueError: something that cannot be, in one sentence.
@@ -75,6 +80,7 @@ class FrozenVAT:
         std: tuple[float, float, float] = (0.229, 0.224, 0.225),
         without: Collection[str] = (),
         calibration: Iterable[Mapping[str, Tensor]] | None = None,
+        record_layers: bool = False,
     ) -> None:
         self.config: VATConfig = vat.config if views is None else vat.config.replace(num_views=views)
         self.device = torch.device(device)
@@ -98,8 +104,9 @@ class FrozenVAT:
             raise ValueError(
                 "int8 needs calibration=[...]: recorded samples from which to take the ranges of activations"
             )
-        plans = {B: make_plan(self.config, B, self.target, without) for B in sizes}
+        plans = {B: make_plan(self.config, B, self.target, without, record_layers) for B in sizes}
         self.plans: dict[int, Plan] = plans
+        self.records_layers = record_layers
         self._runners: Mapping[int, Runner]
         if executor == "openvino":
             wide = make_plan(self.config, 1, dataclasses.replace(self.target, dtype="fp32"), without)
@@ -133,6 +140,26 @@ class FrozenVAT:
             parts.append(self._runners[size].run(piece).to(torch.float32, copy=True))
             done += size
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def action_tokens(
+        self,
+        pixels: Tensor,
+        task_id: Tensor | int | None = None,
+        proprio: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Action tokens (1, T + E, D) after each layer for one sample, float32; as `VAT.details` has them.
+
+        Raises:
+            ValueError: more than one sample, or frozen without `record_layers`.
+        """
+        if not self.records_layers:
+            raise ValueError("the action tokens of the layers are not kept: freeze with record_layers=True")
+        if len(pixels) != 1:
+            raise ValueError(f"give one sample, got {len(pixels)}")
+        self(pixels, task_id, proprio, generator)
+        outputs = (self._runners[1].output(f"action.{layer}.out") for layer in range(self.config.layers))
+        return tuple(output.to("cpu", torch.float32, copy=True) for output in outputs)
 
     def parameters(self) -> Iterator[Tensor]:
         """The folded weights, each once."""
@@ -208,8 +235,10 @@ def default_executor(device: torch.device, dtype: str) -> Executor:
     return cpu_executor(dtype) if device.type == "cpu" else "torch"
 
 
-def make_plan(config: VATConfig, batch: int, target: Target, without: Collection[str] = ()) -> Plan:
-    """The plan for a target, its passes run, scheduled and proven.
+def make_plan(
+    config: VATConfig, batch: int, target: Target, without: Collection[str] = (), record_layers: bool = False
+) -> Plan:
+    """The plan for a target, its passes run, scheduled and proven; the layers' action tokens as outputs if asked for.
 
     Raises:
         ValueError: unknown pass names.
@@ -217,7 +246,14 @@ def make_plan(config: VATConfig, batch: int, target: Target, without: Collection
     check_names(without)
     plan = base_plan(config, batch, target.compute)
     history = run_passes(plan, target, without)
-    return schedule(history[-1][1] if history else plan, target, without)
+    plan = history[-1][1] if history else plan
+    if record_layers:
+        kept = {f"action.{layer}.out" for layer in range(config.layers)}
+        roles = {name: "output" if name in kept else buffer.role for name, buffer in plan.buffers.items()}
+        plan = plan.replace(
+            buffers={name: dataclasses.replace(b, role=roles[name]) for name, b in plan.buffers.items()}
+        )
+    return schedule(plan, target, without)
 
 
 def schedule(plan: Plan, target: Target, without: Collection[str] = ()) -> Plan:

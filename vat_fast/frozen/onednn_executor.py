@@ -58,7 +58,7 @@ class OneDNNExecutor(TorchExecutor):
 
     def _bind(self, step: Step) -> Callable[[], None]:
         (out,) = step.outputs.values()
-        whole = out.tokens is None and out.columns is None and self.plan.buffers[out.buffer].role == "activation"
+        whole = out.tokens is None and out.columns is None and out.buffer != "actions"
         weights = {role: self.weights[name] for role, name in step.weights.items() if name in self.weights}
         compute, tensors = getattr(self, f"_{step.op}"), self.tensors
         inputs, shape = tuple(step.inputs.items()), self.plan.shape(out)

@@ -49,11 +49,12 @@ class OpenVINOExecutor:
         def part(steps: Sequence[Step], results: list[str]) -> _Compiled:
             return _Compiled(build_graph(plan, steps, weights, constants, results, quantised), plan.dtype)
 
+        layers = [name for name, b in plan.buffers.items() if b.role == "output" and name != "actions"]
         if self._ddim is None:
-            self._once: _Compiled | None = part(plan.steps, ["actions"])
+            self._once: _Compiled | None = part(plan.steps, ["actions", *layers])
         else:
             self._once = part(plan.steps, memory) if memory else None
-            self._round = part(loop, [self._ddim.inputs["noise"].buffer])
+            self._round = part(loop, [self._ddim.inputs["noise"].buffer, *layers])
             self._sampler = DDIM(plan.repeats)
             if self._once is not None:
                 for name in memory:
@@ -78,6 +79,12 @@ class OpenVINOExecutor:
             self._round.run()
             sample = self._sampler.step(self._round.result(noise), t, sample)
         return sample
+
+    def output(self, name: str) -> Tensor:
+        """What the last run left in the plan's output `name`."""
+        last = self._once if self._ddim is None else self._round
+        assert last is not None
+        return last.result(name)
 
 
 class _Compiled:

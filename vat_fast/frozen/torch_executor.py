@@ -86,6 +86,10 @@ class TorchExecutor:
             self.tensors["sample"].copy_(self.tensors["actions"])
         return self.tensors["actions"]
 
+    def output(self, name: str) -> Tensor:
+        """What the last run left in the plan's output `name`."""
+        return self.tensors[name]
+
     def _bind(self, step: Step) -> Callable[[], None]:
         """The step as a call without arguments."""
         inputs = {role: view(self.tensors[access.buffer], access) for role, access in step.inputs.items()}

@@ -85,7 +85,8 @@ def test_raw_bytes_are_normalised_inside() -> None:
 
 def test_choice_and_refusals() -> None:
     vat, _ = models(small_config("vit-tiny", "VAT"))
-    assert [cpu_executor(dtype) for dtype in ("fp32", "bf16", "int8", "fp16")] == ["openvino"] * 3 + ["torch"]
+    assert [cpu_executor(dtype, 192) for dtype in ("fp32", "bf16", "int8", "fp16")] == ["openvino"] * 3 + ["torch"]
+    assert [cpu_executor(dtype, 1152) for dtype in ("fp32", "bf16", "int8")] == ["onednn", "openvino", "openvino"]
     with pytest.raises(ValueError, match="int8 needs calibration"):
         vat.freeze(dtype="int8")
     with pytest.raises(ValueError, match="calibration has no samples"):

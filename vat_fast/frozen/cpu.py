@@ -26,18 +26,24 @@ _PRECISIONS: dict[str, tuple[str, ...]] = {
 _CPU = torch.device("cpu")
 
 
-def cpu_executor(dtype: str) -> Executor:
-    """The fastest executor that this machine has for a precision.
+def cpu_executor(dtype: str, width: int) -> Executor:
+    """The fastest executor that this machine has for a precision and a model width.
 
-    Measured on 2 cores with AVX-512 (one sample, 2 views): OpenVINO is fastest for small models in every precision and
-    for so400m in int8; for so400m in fp32 and bf16 it and oneDNN are equal. Without the package openvino: oneDNN; in
-    fp16, which neither has on CPUs: PyTorch.
+    Measured on 2 cores with AVX-512 (one sample, 2 views), times as fast as the eager reference in fp32: vit-tiny fp32
+    OpenVINO 1.53, oneDNN 1.31; bf16 2.42, 1.90; so400m fp32 oneDNN 1.43, equal with OpenVINO on 4 of its layers, in a
+    third of the memory; bf16 OpenVINO 2.72, oneDNN 2.59 in a third of the memory; int8 OpenVINO alone, 3.16 and 5.07.
+    Without the package openvino: oneDNN; in fp16, which neither has on CPUs: PyTorch.
     """
+    has_onednn = dtype in _PRECISIONS["onednn"] and torch.backends.mkldnn.is_available()
+    if has_onednn and dtype == "fp32" and width >= _WIDE:
+        return "onednn"
     if dtype in _PRECISIONS["openvino"] and find_spec("openvino") is not None:
         return "openvino"
-    if dtype in _PRECISIONS["onednn"] and torch.backends.mkldnn.is_available():
-        return "onednn"
-    return "torch"
+    return "onednn" if has_onednn else "torch"
+
+
+_WIDE = 1024
+"""Between the widths that were measured, 192 and 1152."""
 
 
 def check_precision(target: Target) -> None:

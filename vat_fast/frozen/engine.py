@@ -89,7 +89,7 @@ class FrozenVAT:
             raise ValueError(f"batch sizes must be at least 1, got {batch}")
         if images not in ("float", "uint8"):
             raise ValueError(f'images must be "float" or "uint8", got {images!r}')
-        executor = executor or default_executor(self.device, dtype)
+        executor = executor or default_executor(self.device, dtype, self.config.width)
         self.target = Target(
             executor=executor,
             dtype=dtype,
@@ -228,11 +228,11 @@ class FrozenVAT:
         return inputs
 
 
-def default_executor(device: torch.device, dtype: str) -> Executor:
+def default_executor(device: torch.device, dtype: str, width: int) -> Executor:
     """The fastest executor for a device: Triton's kernels on CUDA and ROCm, see `cpu.cpu_executor` on CPUs."""
     if device.type == "cuda":
         return "triton"
-    return cpu_executor(dtype) if device.type == "cpu" else "torch"
+    return cpu_executor(dtype, width) if device.type == "cpu" else "torch"
 
 
 def make_plan(

@@ -1,7 +1,6 @@
 """Runs a plan on CPUs as one compiled OpenVINO graph (two with a diffusion head: before the loop, and one round).
 
-Measured on a 2-core AVX-512 machine it is the fastest executor for every precision and size but so400m in float32,
-where it ties with oneDNN's packed products called from PyTorch; see `engine.default_executor`.
+What it is good for was measured: see `cpu.cpu_executor`. It keeps the weights more than once in memory.
 """
 
 from __future__ import annotations

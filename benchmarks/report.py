@@ -90,8 +90,8 @@ def render(results: list[dict[str, Any]]) -> str:
     lines += ["## On a GPU: bounds, no measurement", ""]
     lines += [
         "No GPU has run this yet: `python -m benchmarks.gpu` checks and times the kernels and the whole step on any "
-        "CUDA or ROCm machine and prints rows to paste. What can be said without one, for siglip2-so400m, two views, batch 1 "
-        "(`vat-fast explain --preset siglip2-so400m --views 2 --summary`; terms in [frozen.md](frozen.md)):",
+        "CUDA or ROCm machine and prints rows to paste. What can be said without one, for siglip2-so400m, two views, "
+        "batch 1 (`vat-fast explain --preset siglip2-so400m --views 2 --summary`; terms in [frozen.md](frozen.md)):",
         "",
     ]
     config = VATConfig.from_preset("siglip2-so400m")
@@ -105,12 +105,12 @@ def render(results: list[dict[str, Any]]) -> str:
 
 def _soak(result: dict[str, Any]) -> list[str]:
     rows = [
-        "| who | steps | p50 ms | p99 ms | p99 / p50 | growth, MB per 1,000 steps |",
+        "| who | steps | p50 ms | p99 ms | p99 / p50 | growth, MB |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     rows += [
         f"| {row['name']} | {row['steps']:,} | {row['p50_ms']:.1f} | {row['p99_ms']:.1f} | "
-        f"{row['p99_ms'] / row['p50_ms']:.2f} | {row['mb_per_1000_steps']:+.3f} |"
+        f"{row['p99_ms'] / row['p50_ms']:.2f} | {row['growth_mb']:+.1f} |"
         for row in result["rows"]
     ]
     return [*rows, "", f"`python -m benchmarks.soak`. {conditions_line(result)}"]

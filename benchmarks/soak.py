@@ -30,7 +30,7 @@ MOST_P99 = 1.3
 
 @dataclass(frozen=True)
 class Soak:
-    """What a run of `steps` showed. Memory is resident; first_mb and last_mb are medians of the first and last tenth."""
+    """What a run showed. Memory is resident; first_mb and last_mb are medians of the first and last tenth."""
 
     steps: int
     p50_ms: float

@@ -5,14 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from benchmarks import report, step
 from benchmarks.interleave import interleave, summarise
 from benchmarks.rivals import Problem, build
-from benchmarks.soak import soak
-from benchmarks.variants import randomise, small_config
-from vat_fast import VAT
 
 
 def test_ratios_pair_rounds() -> None:
@@ -52,14 +48,3 @@ def test_results_become_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     text = report.render([read])
     assert "frozen onednn fp32" in text
     assert "Bounds, not measurements" in text
-
-
-@pytest.mark.parametrize("executor", ["onednn", "openvino"])
-def test_memory_does_not_grow(executor: str) -> None:
-    config = small_config("vit-tiny", "VAT")
-    vat = VAT(config).eval()
-    randomise(vat, 0)
-    frozen = vat.freeze(executor=executor)
-    pixels = torch.rand(1, 2, 3, config.image_size, config.image_size)
-    found = soak(lambda: frozen(pixels, 3), 600, every=10)
-    assert found["mb_per_1000_steps"] < 3

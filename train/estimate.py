@@ -1,8 +1,7 @@
 """What training will need, before it starts: bytes on each rank, operations, and a time no step can be faster than.
 
 What the forward keeps for the backward is not a formula: the model's own forward runs on tensors without storage and
-what autograd saves is counted. The rest follows from how DeepSpeed shards Adam's state. `python -m
-benchmarks.training_memory` compares the sum with real runs (docs/training.md).
+what autograd saves is counted. The rest follows from how DeepSpeed shards Adam's state.
 """
 
 from __future__ import annotations
@@ -227,9 +226,9 @@ def activation_bytes(config: VATConfig, plan: TrainingPlan) -> int:
     """
     # Layers between the first and the last are alike: four and five of them tell what one more keeps.
     known = min(config.layers, 4)
-    shallow = config.replace(depth=config.depth - config.layers + known)
+    shallow = config.replace(depth=config.depth - config.layers + known, num_layers=known)
     everything = _saved_bytes(shallow, plan)
-    layer = _saved_bytes(shallow.replace(depth=shallow.depth + 1), plan) - everything
+    layer = _saved_bytes(shallow.replace(depth=shallow.depth + 1, num_layers=known + 1), plan) - everything
     everything += (config.layers - known) * layer
     if not plan.recompute:
         return everything

@@ -24,7 +24,7 @@ _IMAGE_KEYS = {"agentview": "agentview_rgb", "robot0_eye_in_hand": "eye_in_hand_
 
 def write_part(path: Path, demonstration: Demonstration, attributes: Mapping[str, Any]) -> None:
     """Write one demonstration to a file of its own, atomically."""
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = _temporary(path)
     with h5py.File(temporary, "w") as f:
         _fill(f.create_group("demo"), demonstration, attributes)
     os.replace(temporary, path)
@@ -36,7 +36,7 @@ def merge_parts(path: Path, parts: Sequence[Path], attributes: Mapping[str, Any]
     Args:
         attributes: of `data`, see `task_attributes`.
     """
-    temporary = path.with_name(f".{path.name}.writing")
+    temporary = _temporary(path)
     total = 0
     with h5py.File(temporary, "w") as f:
         data = f.create_group("data")
@@ -90,6 +90,11 @@ def read_collection(path: Path) -> Any:
     with h5py.File(path, "r") as f:
         text = f["data"].attrs.get("collection") if "data" in f else None
     return None if text is None else json.loads(text)
+
+
+def _temporary(path: Path) -> Path:
+    """Where a file is written before it gets its name; its own for each process, of which one may outlive a kill."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def _fill(group: Any, demo: Demonstration, attributes: Mapping[str, Any]) -> None:

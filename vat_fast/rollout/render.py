@@ -79,3 +79,9 @@ class Renderer:
         self._context.render(width=self._size, height=self._size, camera_id=self._sim.model.camera_name2id(camera))
         image: NDArray[np.uint8] = self._context.read_pixels(self._size, self._size)
         return image
+
+    def close(self) -> None:
+        """Free the context. OpenGL frees by number in whatever context is current, so its own must be."""
+        self._context.gl_ctx.make_current()
+        self._sim._render_context_offscreen = None
+        del self._context

@@ -178,6 +178,8 @@ class Scene:
     def observe(self) -> dict[str, NDArray[Any]]:
         """What a policy sees: `<camera>_image` (S, S, 3) uint8, upside down as rendered, and `state` (8,) float64.
 
+        It is the state at the end of the step; robosuite observes one or two of its 25 substeps earlier.
+
         The state is the end effector's position (3, metres) and axis-angle (3, radians), and the two finger joints.
         """
         images = {} if self._renderer is None else {f"{c}_image": self._renderer.image(c) for c in self.cameras}
@@ -205,7 +207,9 @@ class Scene:
 
     def close(self) -> None:
         """Free the simulation and what renders it."""
-        self._renderer = None
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
         self.control_env.close()
 
     def __enter__(self) -> Scene:

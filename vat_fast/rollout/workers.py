@@ -89,6 +89,9 @@ class _Worker(Generic[Job]):
         methods = multiprocessing.get_all_start_methods()
         # Never forked from this process, whose libraries may have run threads.
         self._context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        if "forkserver" in methods:
+            # The server imports this package, and with it PyTorch, once for all processes that start.
+            self._context.set_forkserver_preload([__name__])
         self._make_work = make_work
         self._process: Any = None
         self.connection: Connection[Any, Any]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,17 +99,18 @@ class MovingAverage:
         ]
 
 
-def _is_sharded(parameter: nn.Parameter) -> bool:
+def _is_sharded(parameter: Any) -> bool:
     """ZeRO-3 keeps this rank's shard in `ds_tensor` and empties the parameter itself."""
     return hasattr(parameter, "ds_tensor")
 
 
-def _local(parameter: nn.Parameter) -> Tensor:
+def _local(parameter: Any) -> Tensor:
     """What this rank holds of a parameter."""
-    return parameter.ds_tensor if _is_sharded(parameter) else parameter  # type: ignore[no-any-return]
+    local: Tensor = parameter.ds_tensor if _is_sharded(parameter) else parameter
+    return local
 
 
-def _forget_gathered(parameter: nn.Parameter) -> None:
+def _forget_gathered(parameter: Any) -> None:
     """ZeRO-3 keeps small parameters gathered; after a change of the shards they must be gathered anew."""
     if _is_sharded(parameter) and parameter.ds_status.name == "AVAILABLE":
         parameter.partition()

@@ -138,11 +138,11 @@ class RunLog:
                 "set log.tensorboard to false"
             ) from error
         # A restart hides what a killed run wrote behind its checkpoint.
-        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=self._start + 1 if self._start else None)  # type: ignore[no-untyped-call]
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=self._start + 1 if self._start else None)
 
         def write(step: int, scalars: dict[str, float]) -> None:
             for name, value in scalars.items():
-                writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+                writer.add_scalar(name, value, step)
 
         self._writers.append(write)
         self._closers.append(writer.close)

@@ -127,7 +127,13 @@ def _openvino(precision: str) -> Callable[[Problem], Callable[[], Any]]:
 
         model = openvino.convert_model(problem.reference, example_input=(problem.pixels, problem.task_id))
         model.reshape({model.input(0): list(problem.pixels.shape), model.input(1): list(problem.task_id.shape)})
-        hints = {"NUM_STREAMS": "1", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": precision}
+        hints = {
+            "NUM_STREAMS": "1",
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": precision,
+            "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
+            "ENABLE_CPU_PINNING": "NO",
+        }
         request = openvino.Core().compile_model(model, "CPU", hints).create_infer_request()
         request.set_input_tensor(0, openvino.Tensor(problem.pixels.numpy(), shared_memory=True))
         request.set_input_tensor(1, openvino.Tensor(problem.task_id.numpy()))

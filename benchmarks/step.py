@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.floor import floor_ms
 from benchmarks.interleave import conditions, interleave
+from benchmarks.parity import relative
 from benchmarks.rivals import REFERENCE, RIVALS, Problem, build
 from vat_fast.files import write_text
 from vat_fast.frozen.engine import FrozenVAT, make_plan
@@ -41,27 +42,18 @@ SLOW = ("torch.compile max-autotune fp32", "ONNX Runtime fp32")
 
 def measure(preset: str, batch: int, views: int, rounds: int, names: Sequence[str], seed: int = 0) -> dict[str, Any]:
     """The result file's content for one shape."""
+    where = conditions(seed)  # before the load is our own
     problem = Problem.make(preset, batch, views, seed)
-    rivals, skipped = {}, {}
-    for name in names:
-        try:
-            rivals[name] = build(name, problem)
-            print(f"  {name}: error {rivals[name].error:.1e}, built in {rivals[name].build_seconds:.1f} s", flush=True)
-        except (ImportError, ArithmeticError, ValueError, RuntimeError) as error:
-            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            print(f"  {name} left out: {skipped[name]}", flush=True)
-    with torch.inference_mode():
-        timings, own = interleave(
-            lambda: problem.reference(problem.pixels, problem.task_id),
-            {name: rival.call for name, rival in rivals.items()},
-            rounds,
-        )
-    rows = []
-    for name, rival in rivals.items():
-        row = {"name": name, "dtype": rival.dtype, "error": rival.error, **asdict(timings[name])}
-        row |= {"build_seconds": rival.build_seconds, "build_mb": rival.build_mb}
-        row["samples_per_second"] = 1e3 * batch / timings[name].p50_ms
-        rows.append(row)
+    rows: list[dict[str, Any]] = []
+    skipped: dict[str, str] = {}
+    references: list[float] = []
+    # Of large models only a few at a time fit in memory; each group has rounds of the reference of its own.
+    at_once = len(names) if preset in ROUNDS else 2
+    for first in range(0, len(names), at_once):
+        found, own = _group(problem, names[first : first + at_once], rounds, skipped)
+        rows += [{**row, "samples_per_second": 1e3 * batch / row["p50_ms"]} for row in found]
+        references += own
+        gc.collect()
     floors = {}
     for dtype in ("fp32", "bf16", "int8"):
         milliseconds, rates = floor_ms(make_plan(problem.vat.config, batch, Target("torch", "fp32")), dtype)
@@ -71,13 +63,37 @@ def measure(preset: str, batch: int, views: int, rounds: int, names: Sequence[st
         "preset": preset,
         "batch": batch,
         "views": views,
-        "conditions": conditions(seed),
-        "reference_p50_ms": float(np.median(own)),
+        "conditions": where,
+        "reference_p50_ms": float(np.median(references)),
         "rivals": rows,
         "skipped": skipped,
         "floor": floors,
         "end_to_end": end_to_end(problem, max(rounds // 4, 3)) if batch == 1 else [],
     }
+
+
+def _group(
+    problem: Problem, names: Sequence[str], rounds: int, skipped: dict[str, str]
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """(a row for each rival, the reference's milliseconds); a rival that cannot be built goes to `skipped`."""
+    rivals = {}
+    for name in names:
+        try:
+            rivals[name] = build(name, problem)
+            print(f"  {name}: error {rivals[name].error:.1e}, built in {rivals[name].build_seconds:.1f} s", flush=True)
+        except (ImportError, ArithmeticError, ValueError, RuntimeError) as error:
+            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            print(f"  {name} left out: {skipped[name]}", flush=True)
+    if not rivals:
+        return [], []
+    with torch.inference_mode():
+        calls = {name: rival.call for name, rival in rivals.items()}
+        timings, own = interleave(lambda: problem.reference(problem.pixels, problem.task_id), calls, rounds)
+    rows = []
+    for name, rival in rivals.items():
+        row = {"name": name, "dtype": rival.dtype, "error": rival.error, **asdict(timings[name])}
+        rows.append({**row, "build_seconds": rival.build_seconds, "build_mb": rival.build_mb})
+    return rows, own
 
 
 def end_to_end(problem: Problem, rounds: int) -> list[dict[str, Any]]:
@@ -99,8 +115,10 @@ def end_to_end(problem: Problem, rounds: int) -> list[dict[str, Any]]:
             print(f"  frozen {dtype} left out: {error}")
     policies = {name: Policy(model, settings, _unit_statistics(config.action_dim)) for name, model in models.items()}
     calls = {name: (lambda p: lambda: p.act(observation, 0))(policy) for name, policy in policies.items()}
+    truth = torch.from_numpy(calls["VAT fp32"]())
+    errors = {name: relative(torch.from_numpy(call()), truth) for name, call in calls.items()}
     timings, _ = interleave(calls["VAT fp32"], calls, rounds)
-    return [{"name": name, **asdict(timing)} for name, timing in timings.items()]
+    return [{"name": name, "error": errors[name], **asdict(timing)} for name, timing in timings.items()]
 
 
 def waterfall(preset: str, rounds: int, seed: int = 0) -> dict[str, Any]:
@@ -117,7 +135,7 @@ def waterfall(preset: str, rounds: int, seed: int = 0) -> dict[str, Any]:
     for name, without in bars:
         frozen = problem.vat.freeze(executor="torch", without=without)
         calls[name] = (lambda f: lambda: f(problem.pixels, problem.task_id))(frozen)
-        rows[name] = float((calls[name]() - problem.truth).norm() / problem.truth.norm())
+        rows[name] = relative(calls[name](), problem.truth)
     for rival in ("frozen onednn fp32", "frozen fp32", "frozen bf16", "frozen int8"):
         try:
             made = build(rival, problem)

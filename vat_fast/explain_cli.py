@@ -30,6 +30,13 @@ def add_command(commands: Commands) -> None:
     p.add_argument("--summary", action="store_true", help="passes, totals and bounds, without the steps")
     p.add_argument("--json", action="store_true", help="as JSON: steps, passes, totals, bounds, notes")
     p.add_argument("--params", action="store_true", help="the parameter table instead")
+    p.add_argument(
+        "--train", action="store_true", help="memory per rank and a bound on the step time of training instead"
+    )
+    # The estimator is a floor above this one; the command line is where a user finds it.
+    from vat_fast.train.estimate import add_arguments
+
+    add_arguments(p.add_argument_group("with --train"))
     p.set_defaults(run=_explain)
 
 
@@ -38,6 +45,11 @@ def _explain(args: argparse.Namespace) -> None:
     from vat_fast.frozen.target import Target
     from vat_fast.parameters import format_parameter_table
 
+    if args.train:
+        from vat_fast.train.estimate import report
+
+        print(report(args))
+        return
     if args.checkpoint is not None:
         from vat_fast.checkpoint import load_model
 

@@ -81,3 +81,11 @@ def test_fewer_launches_than_eager() -> None:
 def test_unknown_device() -> None:
     with pytest.raises(ValueError, match="unknown device 'H1000'; bounds are known for A100"):
         explain(SO400M, TARGET, device="H1000")
+
+
+def test_training_is_estimated_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--train", "--preset", "vit-tiny", "--gpus", "4", "--zero", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "ranks" in json.dumps(found)
+    assert main(["explain", "--train", "--preset", "vit-tiny"]) == 0
+    assert "no step is faster than this" in capsys.readouterr().out

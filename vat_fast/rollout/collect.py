@@ -78,7 +78,7 @@ class CollectSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as values JSON knows."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
 class Job(NamedTuple):

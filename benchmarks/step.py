@@ -40,8 +40,10 @@ SLOW = ("torch.compile max-autotune fp32", "ONNX Runtime fp32")
 """Not run by default where building takes minutes and gigabytes: with the large presets."""
 
 
-def measure(preset: str, batch: int, views: int, rounds: int, names: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """The result file's content for one shape."""
+def measure(
+    preset: str, batch: int, views: int, rounds: int, names: Sequence[str], whole: bool = True, seed: int = 0
+) -> dict[str, Any]:
+    """The result file's content for one shape; `whole`: also from camera images to robot actions."""
     where = conditions(seed)  # before the load is our own
     problem = Problem.make(preset, batch, views, seed)
     rows: list[dict[str, Any]] = []
@@ -68,7 +70,7 @@ def measure(preset: str, batch: int, views: int, rounds: int, names: Sequence[st
         "rivals": rows,
         "skipped": skipped,
         "floor": floors,
-        "end_to_end": end_to_end(problem, max(rounds // 4, 3)) if batch == 1 else [],
+        "end_to_end": end_to_end(problem, max(rounds // 4, 3)) if batch == 1 and whole else [],
     }
 
 
@@ -177,6 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--views", nargs="+", type=int, default=[2])
     parser.add_argument("--rounds", type=int, help="timed rounds (default 200 for vit-tiny, 5 for so400m)")
     parser.add_argument("--rivals", nargs="+", choices=list(RIVALS), metavar="NAME", help=", ".join(RIVALS))
+    parser.add_argument("--step-only", action="store_true", help="without the run from images to robot actions")
     parser.add_argument("--waterfall", action="store_true", help="what each pass brings, instead")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     options = parser.parse_args(arguments)
@@ -192,7 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rounds = options.rounds or max(ROUNDS.get(preset, FEW_ROUNDS) // batch, 3)
                 print(f"{preset}, batch {batch}, {views} views, {rounds} rounds", flush=True)
                 start = time.perf_counter()
-                result = measure(preset, batch, views, rounds, options.rivals or default_rivals(preset))
+                result = measure(
+                    preset, batch, views, rounds, options.rivals or default_rivals(preset), not options.step_only
+                )
                 for row in sorted(result["rivals"], key=lambda row: row["p50_ms"]):
                     print(
                         f"  {row['name']:34}{row['p50_ms']:10.1f} ms  p99 {row['p99_ms']:8.1f}  {row['ratio']:5.2f}x "

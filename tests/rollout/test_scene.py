@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -68,6 +70,21 @@ def test_simulates_as_libero_does(cheese_scene: Scene) -> None:
         assert 0 < np.abs(after[f"{camera}_image"].astype(int) - image).mean() < 10
     np.testing.assert_allclose(before["state"], read_proprio(expected, 8), atol=2e-3)
     np.testing.assert_allclose(cheese_scene.robot_state()["joint_pos"], expected["robot0_joint_pos"], atol=5e-3)
+
+
+def test_triton_can_be_loaded_after_rendering(simulator: None) -> None:
+    """Mesa's LLVM and Triton's in one process: a model may come after a scene."""
+    pytest.importorskip("triton")
+    code = """
+from vat_fast.rollout.scene import Scene
+with Scene("goal", 8, size=32) as scene:
+    scene.reset(0)
+    scene.observe()
+    import triton.language
+    import triton.runtime
+    scene.observe()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200)
 
 
 def test_leaves_numpys_generator_alone(cheese_scene: Scene) -> None:

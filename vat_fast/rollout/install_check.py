@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import os
 import sys
+from contextlib import suppress
 
 MUJOCO_VERSION = "3.3.7"
 """The newest release whose physics settles the LIBERO scenes as their init states expect; 3.4 to 3.8 crash, and from
@@ -72,6 +73,9 @@ def import_simulator() -> None:
     if sys.platform == "linux":
         # MuJoCo and PyOpenGL read it once, when they are imported.
         os.environ.setdefault("MUJOCO_GL", "osmesa")
+    with suppress(ImportError):
+        # Mesa and Triton each bring an LLVM. Triton loaded after Mesa crashes the process; before it, both work.
+        import triton.language  # noqa: F401
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

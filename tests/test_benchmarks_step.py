@@ -45,7 +45,7 @@ def test_results_become_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {row["name"] for row in read["rivals"]} == {"VAT fp32", "frozen onednn fp32"}
     assert all(row["error"] < 1e-5 for row in read["rivals"])
     assert {row["name"] for row in read["end_to_end"]} >= {"VAT fp32", "frozen fp32"}
-    assert all(row["error"] < 0.1 for row in read["end_to_end"])
+    assert all(row["error"] < 1e-5 for row in read["end_to_end"] if row["name"].endswith("fp32"))
     text = report.render([read])
     assert "frozen onednn fp32" in text
     assert "Bounds, not measurements" in text

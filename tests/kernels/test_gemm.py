@@ -188,7 +188,7 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="same dtype"):
         launch(x, weight.half(), out)
     with pytest.raises(ValueError, match="activation must be one of"):
-        launch(x, weight, out, activation="relu")
+        launch(x, weight, out, activation="swish")
     with pytest.raises(ValueError, match=r"out must be \(8, 16\)"):
         launch(x, weight, torch.zeros(8, 17))
     with pytest.raises(ValueError, match="last stride 1"):

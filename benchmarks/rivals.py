@@ -159,6 +159,8 @@ def _onnxruntime(problem: Problem) -> Callable[[], Any]:
         torch.onnx.export(problem.reference, arguments, path, input_names=["pixels", "task_id"], dynamo=False)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        # Its threads would spin on after each call and slow the reference and everybody else in the round.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {"pixels": problem.pixels.numpy(), "task_id": problem.task_id.numpy()}
     return lambda: session.run(None, feed)[0]

@@ -211,13 +211,15 @@ class FrozenVAT:
         if c.task_conditioning != "none":
             if task_id is None:
                 raise ValueError(f"task_id is missing: this model is conditioned on one of {c.num_tasks} tasks")
-            ids = torch.as_tensor(task_id, device=self.device).long()
+            ids = torch.as_tensor(task_id).long()
             ids = ids.expand(B) if ids.ndim == 0 else ids
             if ids.shape != (B,):
                 raise ValueError(f"task_id must be one integer or ({B},), got shape {tuple(ids.shape)}")
-            if not self.device.type == "cuda" and not 0 <= int(ids.min()) <= int(ids.max()) < c.num_tasks:
+            # Ids that lie on a GPU already are the caller's to check: reading them back would wait for the device.
+            on_host = not (isinstance(task_id, Tensor) and task_id.is_cuda)
+            if on_host and not 0 <= int(ids.min()) <= int(ids.max()) < c.num_tasks:
                 raise ValueError(f"task ids must be 0 to {c.num_tasks - 1}, got {ids.tolist()}")
-            inputs["task_id"] = ids
+            inputs["task_id"] = ids.to(self.device)
         if c.proprio_dim:
             if proprio is None or proprio.shape != (B, c.proprio_dim):
                 got = "none" if proprio is None else f"shape {tuple(proprio.shape)}"

@@ -33,6 +33,22 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("--timeout", type=float, default=300.0, help="seconds until a simulator counts as hung")
     p.set_defaults(run=_collect)
 
+    p = commands.add_parser(
+        "frames",
+        help="images of LIBERO's scenes with everything moved, and where each object is: to pretrain a vision stream",
+        description="Run the same command again after a kill: it goes on where it stopped.",
+    )
+    p.add_argument("--suite", required=True, help="spatial, object or goal")
+    p.add_argument("--tasks", type=parse_indices, required=True, help="indices in the suite, such as 0,3 or 0-4")
+    p.add_argument("--frames", type=int, default=1000, help="per task (default 1000)")
+    p.add_argument("--displace", type=float, default=10.0, metavar="CM", help="of every object (default 10)")
+    p.add_argument("--size", type=int, default=128, help="side of the camera images in pixels (default 128)")
+    p.add_argument("--render", choices=("official", "fast"), default="official", help="fast: no antialiasing, mirrors")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--processes", type=int, default=2, help="simulators side by side (default 2), 2.5 GB each")
+    p.set_defaults(run=_frames)
+
 
 def _collect(args: argparse.Namespace) -> int:
     from vat_fast.rollout.collect import CollectSettings, collect
@@ -58,3 +74,20 @@ def _collect(args: argparse.Namespace) -> int:
         for episode, reason in report.lost.items():
             print(f"  episode {episode} was lost: {reason}; run the command again")
     return 1 if any(report.lost for report in reports) else 0
+
+
+def _frames(args: argparse.Namespace) -> int:
+    from vat_fast.rollout.frames import FrameSettings, collect_frames
+
+    settings = FrameSettings(
+        suite=args.suite,
+        tasks=args.tasks,
+        frames=args.frames,
+        size=args.size,
+        render=args.render,
+        displace_cm=args.displace,
+        seed=args.seed,
+    )
+    files = collect_frames(settings, args.out, processes=args.processes)
+    print(f"{len(files)} files in {args.out}")
+    return 0

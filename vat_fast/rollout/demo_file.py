@@ -1,7 +1,8 @@
 """Collected demonstrations in LIBERO's official HDF5 layout; `train/data/libero_hdf5.py` reads it and describes it.
 
 Beside the official entries there are `executed_actions` (T, 7), what was carried out where noise or a push disturbed
-the expert, and the attributes `observation_before_action` (obs[j] is what was seen before actions[j]), `collection`
+the expert; the group `objects` with `positions`, `places` and `gripper`, see `Demonstration`, and the attributes `names`
+(JSON) and `cameras` (JSON); and the attributes `observation_before_action` (obs[j] is what was seen before actions[j]), `collection`
 (how the file was made, JSON), and per demonstration `init_state_index`, `episode` and `displacement` (JSON).
 """
 
@@ -19,7 +20,8 @@ import numpy as np
 from vat_fast.rollout.demonstration import Demonstration
 from vat_fast.rollout.scene import Scene
 
-_IMAGE_KEYS = {"agentview": "agentview_rgb", "robot0_eye_in_hand": "eye_in_hand_rgb"}
+IMAGE_KEYS = {"agentview": "agentview_rgb", "robot0_eye_in_hand": "eye_in_hand_rgb"}
+"""Camera -> name of its images in LIBERO's files."""
 
 
 def write_part(path: Path, demonstration: Demonstration, attributes: Mapping[str, Any]) -> None:
@@ -108,11 +110,15 @@ def _fill(group: Any, demo: Demonstration, attributes: Mapping[str, Any]) -> Non
     obs = group.create_group("obs")
     for camera, images in demo.images.items():
         chunk = (min(8, len(images)), *images.shape[1:])
-        key = _IMAGE_KEYS.get(camera, f"{camera}_rgb")
+        key = IMAGE_KEYS.get(camera, f"{camera}_rgb")
         obs.create_dataset(key, data=images, chunks=chunk, compression="gzip", compression_opts=1)
     obs["ee_pos"], obs["ee_ori"] = robot["eef_pos"], robot["eef_ori"]
     obs["ee_states"] = np.hstack([robot["eef_pos"], robot["eef_ori"]])
     obs["gripper_states"], obs["joint_states"] = robot["gripper_qpos"], robot["joint_pos"]
+    objects = group.create_group("objects")
+    objects["positions"], objects["places"], objects["gripper"] = demo.positions, demo.places, demo.gripper
+    objects.attrs["names"] = json.dumps(demo.objects)
+    objects.attrs["cameras"] = json.dumps([IMAGE_KEYS.get(camera, f"{camera}_rgb") for camera in demo.images])
     own = {"num_samples": len(demo), "model_file": demo.model_xml, "init_state": demo.states[0]}
     for name, value in {**own, "displacement": json.dumps(demo.displacement), **attributes}.items():
         group.attrs[name] = value

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from vat_fast.rollout.experts import Expert
 from vat_fast.rollout.experts.disturb import Disturbance, Disturber
+from vat_fast.rollout.locate import ObjectLocator
 from vat_fast.rollout.scene import SETTLING_STEPS, Scene
 from vat_fast.rollout.suites import max_steps
 
@@ -26,6 +27,10 @@ class Demonstration:
         executed: (T, 7), what was carried out.
         states: (T, N) flattened simulator states.
         robot: eef_pos (T, 3), eef_ori (T, 3, axis-angle), eef_quat (T, 4), gripper_qpos (T, 2), joint_pos (T, 7).
+        objects: names of the O objects and fixtures.
+        positions: (T, O, 3) float32, where each one's middle is, metres; see `ObjectLocator.positions`.
+        places: (T, V, O, 3) float32, where it is in the images; see `ObjectLocator.places`.
+        gripper: (T, 3) float32, the point between the finger pads, metres.
         model_xml: the simulated model.
         displacement: object -> metres in x and y.
     """
@@ -35,6 +40,10 @@ class Demonstration:
     executed: NDArray[np.float64]
     states: NDArray[np.float64]
     robot: dict[str, NDArray[np.float64]]
+    objects: tuple[str, ...]
+    positions: NDArray[np.float32]
+    places: NDArray[np.float32]
+    gripper: NDArray[np.float32]
     model_xml: str
     displacement: dict[str, tuple[float, float]]
 
@@ -63,12 +72,14 @@ def demonstrate(
     scene.reset(init_state, displace_cm, displace_seed)
     scene.settle(SETTLING_STEPS)
     disturber, limit = Disturber(disturbance, rng), max_steps(scene.suite)
+    locator = ObjectLocator(scene)
     steps: list[dict[str, NDArray[np.generic]]] = []
     length, reached = 0, None
     for command in Expert(scene).commands():
         executed = disturber.executed(command)
         before = {**scene.observe(), **scene.robot_state(), "sim_state": scene.sim_state()}
-        steps.append({**before, "action": command.action, "executed": executed})
+        known = {"positions": locator.positions(), "places": locator.places(), "gripper": locator.gripper()}
+        steps.append({**before, **known, "action": command.action, "executed": executed})
         if scene.step(executed):
             length = len(steps)  # ends where the goal was last seen reached
             reached = length if reached is None else reached
@@ -87,6 +98,10 @@ def demonstrate(
         executed=column("executed"),  # type: ignore[arg-type]
         states=column("sim_state"),  # type: ignore[arg-type]
         robot={**robot, "eef_ori": column("state")[:, 3:6]},  # type: ignore[dict-item]
+        objects=locator.names,
+        positions=column("positions"),  # type: ignore[arg-type]
+        places=column("places"),  # type: ignore[arg-type]
+        gripper=column("gripper"),  # type: ignore[arg-type]
         model_xml=scene.sim.model.get_xml(),
         displacement=scene.displacement,
     )

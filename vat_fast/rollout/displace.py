@@ -25,7 +25,9 @@ REACH = 0.75
 _TRIES = 300
 
 
-def plan_displacement(scene: Scene, centimetres: float, seeds: tuple[int, ...]) -> dict[str, tuple[float, float]]:
+def plan_displacement(
+    scene: Scene, centimetres: float, seeds: tuple[int, ...], *, everything: bool = False
+) -> dict[str, tuple[float, float]]:
     """Where the objects of the goal go, each by its own draw, uniform in a square of +-`centimetres` around its place.
 
     What an object stands on or carries moves with it: a bowl on a cookie box takes the box along. Objects on or in a
@@ -36,6 +38,7 @@ def plan_displacement(scene: Scene, centimetres: float, seeds: tuple[int, ...]) 
         scene: reset and settled; it is not changed.
         centimetres: 0 to 15.
         seeds: of the draw, besides suite and task: initial state and displacement seed.
+        everything: all objects go, not the goal's alone.
 
     Returns:
         Object -> its displacement in x and y, metres; objects that stay are not in it.
@@ -49,7 +52,7 @@ def plan_displacement(scene: Scene, centimetres: float, seeds: tuple[int, ...]) 
     places = {name: geometry.bounds(name) for name in [*geometry.movable, *geometry.fixtures]}
     rng = np.random.default_rng([zlib.crc32(scene.suite.encode()), scene.task_id, *seeds])
     moved: dict[str, tuple[float, float]] = {}
-    for group in _groups(scene, geometry):
+    for group in _groups(geometry, geometry.movable if everything else _goal_objects(scene)):
         shift = _draw(places, group, geometry.base()[:2], centimetres / 100, rng)
         for name in group:
             places[name] = places[name].moved(shift)
@@ -67,14 +70,18 @@ def move_objects(scene: Scene, displacement: Mapping[str, tuple[float, float]]) 
     scene.sim.forward()
 
 
-def _groups(scene: Scene, geometry: SceneGeometry) -> list[list[str]]:
-    """For each movable object of the goal: itself and what touches it, directly or through others.
+def _goal_objects(scene: Scene) -> list[str]:
+    goals = scene.env.parsed_problem["goal_state"]
+    return [name.removesuffix("_contain_region") for predicate in goals for name in predicate[1:]]
+
+
+def _groups(geometry: SceneGeometry, names: list[str]) -> list[list[str]]:
+    """For each movable one of some objects: itself and what touches it, directly or through others.
 
     Groups that touch a fixture are left out.
     """
     pairs, groups, seen = geometry.touching(), [], set[str]()
-    for name in [name for predicate in scene.env.parsed_problem["goal_state"] for name in predicate[1:]]:
-        name = name.removesuffix("_contain_region")
+    for name in names:
         if name not in geometry.movable or name in seen:
             continue
         group, grew = {name}, True

@@ -45,6 +45,9 @@ class Expert:
         """One command per control step, without end; the caller stops at success or when time is up."""
         for attempt in count():
             grasps = plan_grasps(self.geometry, self.goal.item)
+            if not grasps:  # knocked over, it may be too wide for the fingers
+                yield from self.hand.hold(10, OPEN, "retreat")
+                continue
             # Neighbouring candidates fail alike: take one from further down each time.
             grasp = grasps[min(3 * attempt, len(grasps) - 1) if attempt < 4 else 0]
             start = self.geometry.position(self.goal.item)

@@ -14,6 +14,7 @@ from vat_fast.ops import choose
 from vat_fast.train.config import Config
 from vat_fast.train.deepspeed_config import deepspeed_config
 from vat_fast.train.step import TrainingModel
+from vat_fast.vision_weights import load_vision
 
 
 def build_model(config: Config) -> VAT:
@@ -22,6 +23,7 @@ def build_model(config: Config) -> VAT:
     Raises:
         ConfigError: options that do not go with a checkpoint.
         BackboneError: the pretrained weights cannot be had.
+        CheckpointError: vision weights of another shape.
     """
     m = config.model
     torch.manual_seed(config.seed)
@@ -31,6 +33,8 @@ def build_model(config: Config) -> VAT:
         vat = VAT(VATConfig.from_preset(m.preset, **m.options))
     else:
         vat = _from_checkpoint(m.weights, m.options)
+    if m.vision is not None:
+        load_vision(vat, m.vision)
     vat.backend = m.backend
     vat.recompute_layers = config.train.recompute
     return vat.train()
@@ -42,7 +46,8 @@ def build_engine(config: Config, vat: VAT, groups: list[dict[str, Any]]) -> Any:
     Call `launch.start` first.
     """
     t = config.train
-    model = TrainingModel(vat, torch.bfloat16 if t.precision == "autocast" else None)
+    autocast = torch.bfloat16 if t.precision == "autocast" else None
+    model = TrainingModel(vat, autocast, t.proprio_dropout, t.proprio_noise)
     optimizer = torch.optim.AdamW(
         groups, lr=t.lr, betas=(t.beta1, t.beta2), eps=t.eps, weight_decay=t.weight_decay, fused=True
     )

@@ -45,12 +45,14 @@ class ModelSection:
     preset: of VATConfig.
     weights: where they start. "timm": the backbone's pretrained vision weights, a new action stream; "random"; or
         a checkpoint folder or Hub id to go on from, whose own configuration then counts.
+    vision: folder of `vat_fast.train.pretrain` whose weights the vision stream starts from instead; null for none.
     options: VATConfig fields that differ from the preset's, {num_views: 1} for example.
     backend: what computes the layers, see `vat_fast.ops.choose`.
     """
 
     preset: str = "siglip2-so400m"
     weights: str = "timm"
+    vision: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     backend: Backend = "auto"
 
@@ -115,6 +117,8 @@ class TrainSection:
     compile: torch.compile the model.
     ema: decay of the moving average of the weights, 0.999 for example; null for none.
     lora: rank, alpha and targets of low-rank adapters on the vision stream; null for none.
+    proprio_dropout: share of the samples whose proprioception is hidden (zeros): what is seen must do.
+    proprio_noise: standard deviation of noise on proprioception, in its normalised units.
     deterministic: PyTorch's deterministic algorithms, and no autotuning.
     threads: of each rank on a CPU; None: cores / ranks.
     """
@@ -141,6 +145,8 @@ class TrainSection:
     compile: bool = False
     ema: float | None = None
     lora: dict[str, Any] | None = None
+    proprio_dropout: float = 0.0
+    proprio_noise: float = 0.0
     deterministic: bool = False
     threads: int | None = None
 
@@ -445,6 +451,8 @@ def _check(config: Config) -> None:
         ("train.vision_lr", t.vision_lr, t.vision_lr > 0, "above 0 (model.options.trainable freezes)"),
         ("train.action_lr", t.action_lr, t.action_lr > 0, "above 0"),
         ("train.clip", t.clip, t.clip is None or t.clip > 0, "above 0, or null for none"),
+        ("train.proprio_dropout", t.proprio_dropout, 0 <= t.proprio_dropout < 1, "at least 0 and below 1"),
+        ("train.proprio_noise", t.proprio_noise, t.proprio_noise >= 0, "at least 0"),
         ("train.ema", t.ema, t.ema is None or 0 < t.ema < 1, "above 0 and below 1, or null for none"),
         ("zero.stage", z.stage, z.stage in (0, 1, 2, 3), "0, 1, 2 or 3"),
     ]

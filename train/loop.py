@@ -46,7 +46,7 @@ class Trainer:
         vat: what trains; it becomes part of the engine.
         total: optimiser steps of the run, for the schedule.
         device: of this rank.
-        rank: of this process; keys a diffusion head's noise.
+        rank: of this process; keys its noise.
     """
 
     def __init__(self, config: Config, vat: VAT, total: int, device: torch.device, rank: int) -> None:
@@ -87,8 +87,9 @@ class Trainer:
         return get_total_norm([p.grad for p in self.vat.parameters() if p.grad is not None])
 
     def noise(self, micro: int) -> torch.Generator | None:
-        """The noise source of one forward of a diffusion head: keyed by its place, it needs no saving."""
-        if self.vat.config.head != "diffusion":
+        """The noise source of one forward, where something is random: keyed by its place, it needs no saving."""
+        t = self.config.train
+        if self.vat.config.head != "diffusion" and not (t.proprio_dropout or t.proprio_noise):
             return None
         place = (self.step * self.config.accumulation + micro) * 65_537 + self.rank
         return self._generator.manual_seed(self.config.seed * 1_000_003 + place)

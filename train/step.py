@@ -29,12 +29,21 @@ class TrainingModel(nn.Module):
     Args:
         vat: the model.
         autocast: dtype in which products run while the parameters stay float32; None for the parameters' own dtype.
+        proprio_dropout: share of the samples whose proprioception training hides, as zeros.
+        proprio_noise: standard deviation of the noise that training adds to it.
     """
 
-    def __init__(self, vat: VAT, autocast: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        vat: VAT,
+        autocast: torch.dtype | None = None,
+        proprio_dropout: float = 0.0,
+        proprio_noise: float = 0.0,
+    ) -> None:
         super().__init__()
         self.vat = vat
         self.autocast = autocast
+        self.proprio_dropout, self.proprio_noise = proprio_dropout, proprio_noise
 
     def forward(
         self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None, act: bool = False
@@ -44,13 +53,15 @@ class TrainingModel(nn.Module):
         Args:
             batch: what `VAT.loss` takes; floats are cast to the parameters' dtype here. Proprioception that the
                 model does not read may be there.
-            generator: of noise and timesteps (diffusion head).
+            generator: of noise and timesteps (diffusion head), and of what is done to proprioception.
             act: predict actions as a policy does, for which a diffusion head denoises; the loss is then their L1.
         """
         vat, dtype = self.vat, self.vat.pos_embed.dtype
         inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
         if not vat.config.proprio_dim:
             inputs.pop("proprio", None)
+        elif self.training:
+            inputs["proprio"] = self._disturbed(inputs["proprio"], generator)
         device = inputs["pixels"].device.type
         with torch.autocast(device, dtype=self.autocast or torch.bfloat16, enabled=self.autocast is not None):
             if act:
@@ -62,3 +73,14 @@ class TrainingModel(nn.Module):
         prediction, target = prediction.float(), (batch["actions"] if is_action else target).float()
         loss = F.l1_loss(prediction, target) if is_action else F.mse_loss(prediction, target)
         return Outcome(loss, prediction.detach(), target)
+
+    def _disturbed(self, proprio_BE: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Proprioception with noise, and hidden for some samples."""
+        device = proprio_BE.device
+        if self.proprio_noise:
+            noise = torch.randn(proprio_BE.shape, device=device, generator=generator)
+            proprio_BE = proprio_BE + self.proprio_noise * noise.to(proprio_BE.dtype)
+        if self.proprio_dropout:
+            kept = torch.rand((len(proprio_BE), 1), device=device, generator=generator) >= self.proprio_dropout
+            proprio_BE = proprio_BE * kept
+        return proprio_BE

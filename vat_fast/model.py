@@ -127,6 +127,19 @@ class VAT(nn.Module):
             memories.append(memory)
         return memories
 
+    def vision_tokens(self, pixels_BV3HW: Tensor) -> Tensor:
+        """What the last action layer reads, before its norm: (B, V, prefix + P, D); to train the vision stream alone.
+
+        Args:
+            pixels_BV3HW: normalised images.
+        """
+        ops = choose(self.backend, pixels_BV3HW.device).ops
+        x = self._embed(pixels_BV3HW.flatten(0, 1))
+        read_only = self.config.action_stream != "last_layer"
+        for block in self.vision_blocks[: -1 if read_only else None]:
+            x = block(x, block.qkv(block.norm1(x)), ops)
+        return x.unflatten(0, pixels_BV3HW.shape[:2])
+
     def action_stream(
         self,
         memories: list[Tensor],

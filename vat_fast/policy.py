@@ -63,6 +63,8 @@ class PolicyConfig:
     replan_every: `Policy.step` predicts a new chunk every so many steps. None: when the chunk is used up, or
         every step with temporal ensembling.
     temporal_ensembling: m of the weights exp(-m * i), see `ChunkExecutor`; None for no ensembling.
+    simulated_size, simulated_render: side of the simulator's images in pixels and their rendering, "official" or
+        "fast", that the policy was trained on and `vat-fast eval` renders unless told otherwise. None: LIBERO's.
 
     Raises:
         ConfigError: an impossible value.
@@ -75,6 +77,8 @@ class PolicyConfig:
     gripper: GripperConvention = "libero"
     replan_every: int | None = None
     temporal_ensembling: float | None = None
+    simulated_size: int | None = None
+    simulated_render: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cameras", check_cameras(self.cameras))
@@ -88,6 +92,11 @@ class PolicyConfig:
             check_gripper(self.gripper)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        size, render = self.simulated_size, self.simulated_render
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 16):
+            raise ConfigError(f"simulated_size must be an integer of at least 16, or None, got {size!r}")
+        if render not in (None, "official", "fast"):
+            raise ConfigError(f"simulated_render must be official or fast, or None, got {render!r}")
         every, m = self.replan_every, self.temporal_ensembling
         if every is not None and (not isinstance(every, int) or isinstance(every, bool) or every < 1):
             raise ConfigError(f"replan_every must be an integer of at least 1, or None, got {every!r}")

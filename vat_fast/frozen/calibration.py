@@ -48,10 +48,10 @@ class _Observer(TorchExecutor):
         super().__init__(plan, weights, constants, device)
         self.seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def _linear(self, step: Step, x: dict[str, Tensor], w: dict[str, Tensor]) -> Tensor:
+    def _linear(self, step: Step, x: dict[str, Tensor], w: dict[str, Tensor], y: Tensor) -> None:
         low, high = x["x"].flatten(0, -2).aminmax(dim=0)
         if step.name in self.seen:
             before = self.seen[step.name]
             low, high = torch.minimum(low, before[0]), torch.maximum(high, before[1])
         self.seen[step.name] = (low, high)
-        return super()._linear(step, x, w)
+        super()._linear(step, x, w, y)

@@ -39,8 +39,8 @@ def add_command(commands: Commands) -> None:
     p.add_argument("--processes", type=int, default=2, help="simulators side by side (default 2)")
     p.add_argument("--replan-every", type=int, metavar="K", help="execute only K actions of each chunk")
     p.add_argument("--displace", type=float, default=0.0, metavar="CM", help="move what the task is about")
-    p.add_argument("--render", choices=("official", "fast"), default="official", help="as the policy's training data")
-    p.add_argument("--size", type=int, default=256, help="side of the camera images in pixels (default 256)")
+    p.add_argument("--render", choices=("official", "fast"), help="default: as the policy says, else official")
+    p.add_argument("--size", type=int, help="side of the camera images in pixels (default: the policy's, else 256)")
     p.add_argument("--max-steps", type=int, help="step limit (default: the authors' for the suite)")
     p.add_argument("--settling-steps", type=int, default=10, help="before the policy takes over (default 10)")
     p.add_argument("--batched", action="store_true", help="one forward pass for all robots that wait: not bit-exact")
@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from vat_fast.rollout.libero import evaluate_libero, libero_settings
     from vat_fast.rollout.report import text_report, write_reports
 
+    size, render = _images(args)
     settings = libero_settings(
         args.suite,
         args.tasks,
@@ -70,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
         init_states=_init_states(args),
         seed=args.seed,
         settling_steps=args.settling_steps,
-        image_size=args.size,
-        render=args.render,
+        image_size=size,
+        render=render,
         replan_every=args.replan_every,
         displace_cm=args.displace,
         batched=args.batched,
@@ -136,6 +137,18 @@ def _init_states(args: argparse.Namespace) -> tuple[int, ...]:
     if count < 1:
         raise ValueError(f"--trials must be at least 1, got {count}")
     return tuple(range(count))
+
+
+def _images(args: argparse.Namespace) -> tuple[int, str]:
+    """Size and rendering of the images: as asked for, else as the policy was trained, else the authors'."""
+    from vat_fast.policy import POLICY_FILE, PolicyConfig
+
+    size, render = None, None
+    file = Path(args.checkpoint) / POLICY_FILE
+    if file.is_file():
+        config = PolicyConfig.load(file)
+        size, render = config.simulated_size, config.simulated_render
+    return args.size or size or 256, args.render or render or "official"
 
 
 def _load(args: argparse.Namespace, suite: str) -> ChunkPolicy | ScriptedPolicy:

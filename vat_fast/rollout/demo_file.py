@@ -1,9 +1,10 @@
 """Collected demonstrations in LIBERO's official HDF5 layout; `train/data/libero_hdf5.py` reads it and describes it.
 
 Beside the official entries there are `executed_actions` (T, 7), what was carried out where noise or a push disturbed
-the expert; the group `objects` with `positions`, `places` and `gripper` (see `Demonstration`) and the attributes `names`
-and `cameras` (JSON); the attributes `observation_before_action` (obs[j] is what was seen before actions[j]) and
-`collection` (how the file was made, JSON), and per demonstration `init_state_index`, `episode` and `displacement` (JSON).
+the expert; the group `objects` with `positions`, `places` and `gripper`, see `Demonstration`, and the attributes
+`names` and `cameras` (JSON); and the attributes `observation_before_action` (obs[j] is what was seen before
+actions[j]), `collection` (how the file was made, JSON), and per demonstration `init_state_index`, `episode` and
+`displacement` (JSON).
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class OpenVINOExecutor:
         sample, noise = inputs["sample"].float(), self._ddim.inputs["noise"].buffer
         for t in reversed(range(self.plan.repeats)):
             self._round.set("sample", sample)
-            self._round.set("timestep", torch.full((self.plan.batch,), t))
+            self._round.fill("timestep", t)
             self._round.run()
             sample = self._sampler.step(self._round.result(noise), t, sample)
         return sample
@@ -87,7 +87,7 @@ class OpenVINOExecutor:
 
 
 class _Compiled:
-    """A compiled graph with memory for its parameters and results."""
+    """A compiled graph with memory for its parameters and results, bound once: a run neither makes nor moves any."""
 
     def __init__(self, graph: ov.Model, dtype: str) -> None:
         settings = {
@@ -99,22 +99,30 @@ class _Compiled:
             "ENABLE_CPU_PINNING": "NO",
         }
         self._request = _CORE.compile_model(graph, "CPU", settings).create_infer_request()
-        self._inputs: dict[str, Tensor] = {}
-        for port in self._request.model_inputs:
-            name = port.get_any_name()
-            array = np.zeros(tuple(port.shape), dtype=port.element_type.to_dtype())
-            self._inputs[name] = torch.from_numpy(array)
-            self._request.set_tensor(name, ov.Tensor(array, shared_memory=True))
+        self._inputs = {port.get_any_name(): self._bind(port) for port in self._request.model_inputs}
+        self._results = {port.get_any_name(): self._bind(port) for port in self._request.model_outputs}
+
+    def _bind(self, port: ov.ConstOutput) -> Tensor:
+        """Memory that the graph reads a parameter from, or writes a result to."""
+        array = np.zeros(tuple(port.shape), dtype=port.element_type.to_dtype())
+        self._request.set_tensor(port.get_any_name(), ov.Tensor(array, shared_memory=True))
+        return torch.from_numpy(array)
 
     def set(self, name: str, value: Tensor) -> None:
         """Copy an input in; one that the graph does not read is ignored."""
         if name in self._inputs:
             self._inputs[name].copy_(value.view(self._inputs[name].shape))
 
+    def fill(self, name: str, value: int) -> None:
+        """Set every element of an input; one that the graph does not read is ignored."""
+        if name in self._inputs:
+            self._inputs[name].fill_(value)
+
     def connect(self, name: str, source: _Compiled) -> None:
         """Read parameter `name` from the result of another graph, in place."""
         if name in self._inputs:
-            self._request.set_tensor(name, source._request.get_tensor(name))
+            shared = ov.Tensor(source._results[name].numpy(), shared_memory=True)
+            self._request.set_tensor(name, shared)
             del self._inputs[name]
 
     def run(self) -> None:
@@ -123,4 +131,4 @@ class _Compiled:
 
     def result(self, name: str) -> Tensor:
         """A result, float32, in the graph's memory."""
-        return torch.from_numpy(self._request.get_tensor(name).data)
+        return self._results[name]

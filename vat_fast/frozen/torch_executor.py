@@ -163,21 +163,23 @@ class TorchExecutor:
             self._film(step, x, w, h)
         if "group" in step.options:
             h = h.unflatten(1, (-1, step.options["group"])).flatten(2)
-        self._normalise(h, step.options["eps"], _as(y, h.shape))
-        if "weight" in w:
-            y.mul_(w["weight"]).add_(w["bias"])
+        self._normalise(h, step.options["eps"], _as(y, h.shape), w.get("weight"), w.get("bias"))
 
-    def _normalise(self, x: Tensor, eps: float, y: Tensor) -> None:
-        """y = (x - mean) / sqrt(variance + eps) of each row."""
+    def _normalise(
+        self, x: Tensor, eps: float, y: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> None:
+        """y = (x - mean) / sqrt(variance + eps) of each row [* weight + bias]."""
         if not self._in_parts:
-            y.copy_(F.layer_norm(x, x.shape[-1:], eps=eps))
+            y.copy_(F.layer_norm(x, x.shape[-1:], weight, bias, eps))
             return
-        one, two = (self._scratch(what, *x.shape[:-1], 1) for what in ("row mean", "row deviation"))
-        torch.mean(x, -1, keepdim=True, out=one)
-        torch.sub(x, one, out=y)
+        one, two = (self._scratch(what, *x.shape[:-1], 1) for what in ("row means", "row deviations"))
+        share = self._number(1 / x.shape[-1])  # `mean` itself would make a tensor of the count
+        torch.sum(x, -1, keepdim=True, out=one)
+        torch.sub(x, one.mul_(share), out=y)
         torch.linalg.vector_norm(y, dim=-1, keepdim=True, out=two)
-        two.mul_(two).mul_(self._number(1 / x.shape[-1])).add_(self._number(eps)).rsqrt_()
-        y.mul_(two)
+        y.mul_(two.mul_(two).mul_(share).add_(self._number(eps)).rsqrt_())
+        if weight is not None and bias is not None:
+            y.mul_(weight).add_(bias)
 
     def _linear(self, step: Step, x: dict[str, Tensor], w: dict[str, Tensor], y: Tensor) -> None:
         h, weight, bias = x["x"], w["weight"], w["bias"]

@@ -145,7 +145,7 @@ def export(
         ValueError: a configuration that the authors' code does not have.
     """
     config, folder = vat.config, Path(folder)
-    _check_exportable(config)
+    check_exportable(config)
     unused, files = dict(unused or {}), dict(files or {})
     has_film = config.task_conditioning == "film" or config.action_stream != "shared"
     if unused:
@@ -326,7 +326,7 @@ def _infer_config(
 # Writing.
 
 
-def _check_exportable(config: VATConfig) -> None:
+def check_exportable(config: VATConfig) -> None:
     """Raise one ValueError for what the authors' code does not have."""
     c = config
     reads_extra_tokens = c.action_stream == "separate" and c.action_width_divisor == 1

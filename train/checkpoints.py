@@ -4,7 +4,7 @@ checkpoints/step-00001000/
   manifest.json                    what there is, with lengths and SHA-256: the marker of a whole checkpoint
   run.json                         step and whatever else the run wants to know again
   rank-0.safetensors, ...          tensors of each rank (a moving average) and its random generators
-  mp_rank_00_model_states.pt, ...  DeepSpeed's, which are pickles: load only checkpoints of your own runs
+  mp_rank_00_model_states.pt, ...  DeepSpeed's, which are pickles and opened as data alone (plain_load.py)
 
 Everything is written into `step-00001000.partial`, read back, and renamed in one step.
 """
@@ -33,6 +33,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from vat_fast.files import write_text
+from vat_fast.train.plain_load import UnsafeFileError, check_data_only, data_only
 
 MANIFEST, RUN = "manifest.json", "run.json"
 _PARTIAL, _UNIVERSAL = ".partial", ".universal"
@@ -80,7 +81,7 @@ class Checkpoints:
             with _together(f"step {step} could not be written") as problems:
                 with _collecting(engine, problems):
                     engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
-                _save_rank(partial / f"rank-{rank}.safetensors", tensors)
+                _save_rank(partial / rank_file(rank), tensors)
                 if rank == 0:
                     write_text(partial / RUN, json.dumps({**state, "step": step}, indent=1))
             with _together(f"step {step} could not be read back"):
@@ -128,24 +129,25 @@ class Checkpoints:
             CheckpointError: not a whole checkpoint, a damaged one, or one that this engine cannot take.
         """
         path = Path(path)
-        if not _is_whole(path):
-            raise CheckpointError(f"{path} is no whole checkpoint: it has no {MANIFEST} that fits its files")
-        manifest = _manifest(path)
-        layout = _layout(engine)
-        _check_layout(path, manifest, layout)
         rank, world = engine.global_rank, engine.world_size
-        with _together(f"{path} is damaged; remove it, and the one before it is used"):
-            for name, entry in _check_share(path, rank, world).items():
-                if name != MANIFEST and entry != manifest["files"].get(name):
-                    raise OSError(f"{name} is not what was written")
-        if manifest["world_size"] == world:
-            found, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
-            tensors, is_same = _load_rank(path / f"rank-{rank}.safetensors", restore=True), True
+        manifest = read_manifest(path)
+        _check_layout(path, manifest, _layout(engine))
+        verify(path, manifest, rank, world)
+        is_same = manifest["world_size"] == world
+        try:
+            with data_only():
+                if is_same:
+                    found, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+                else:
+                    found = _load_universal(engine, path)
+        except UnsafeFileError as error:
+            raise CheckpointError(f"{path} was not loaded: {error}") from error
+        if is_same:
+            tensors = _load_rank(path / rank_file(rank), restore=True)
         else:
-            found, is_same = _load_universal(engine, path), False
             tensors = {}
             for other in range(manifest["world_size"]):
-                tensors.update(_load_rank(path / f"rank-{other}.safetensors", restore=other == rank))
+                tensors.update(_load_rank(path / rank_file(other), restore=other == rank))
         if found is None:
             raise CheckpointError(f"DeepSpeed found nothing to load in {path}")
         if not is_same and rank >= manifest["world_size"]:
@@ -166,6 +168,44 @@ class Checkpoints:
                 is_ours = re.fullmatch(rf"step-\d+({re.escape(_PARTIAL)}|{re.escape(_UNIVERSAL)})?", path.name)
                 if is_ours and not _is_whole(path):
                     shutil.rmtree(path)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a whole checkpoint says of itself: step, ZeRO stage, ranks, dtype ("fp32" or "bf16") and files.
+
+    Raises:
+        CheckpointError: it is not whole.
+    """
+    if not _is_whole(path):
+        raise CheckpointError(f"{path} is no whole checkpoint: it has no {MANIFEST} that fits its files")
+    return _manifest(path)
+
+
+def verify(path: Path, manifest: Mapping[str, Any], rank: int = 0, world_size: int = 1) -> None:
+    """Compare a checkpoint's files with its manifest, each rank a share of them; call it on all ranks together.
+
+    Raises:
+        CheckpointError: a file is not what was written, or holds more than data.
+    """
+    with _together(f"{path} is damaged; remove it, and the one before it is used"):
+        found = _check_share(path, rank, world_size)
+        for name, entry in found.items():
+            if name != MANIFEST and entry != manifest["files"].get(name):
+                raise OSError(f"{name} is not what was written")
+    with _together(f"{path} was not loaded"):
+        for name in found:
+            if name.endswith(".pt"):
+                check_data_only(path / name)
+
+
+def rank_file(rank: int) -> str:
+    """The file of a rank's own tensors and random generators."""
+    return f"rank-{rank}.safetensors"
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors that a rank gave `Checkpoints.save`, from its `rank_file`."""
+    return _load_rank(path, restore=False)
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from vat_fast import released
 from vat_fast.actions import save_statistics
-from vat_fast.config import ConfigError
+from vat_fast.config import ConfigError, VATConfig
 from vat_fast.files import write_text
 from vat_fast.policy import POLICY_FILE, STATISTICS_FILE, Policy
 from vat_fast.train import launch
@@ -19,14 +20,21 @@ from vat_fast.train.config import Config
 from vat_fast.train.datasets import open_data, prepare_paths
 from vat_fast.train.ema import MovingAverage
 from vat_fast.train.estimate import training_flops
-from vat_fast.train.export import full_state, make_policy, write_policy
+from vat_fast.train.export import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    MODEL_CONFIG_FILE,
+    full_state,
+    make_policy,
+    released_folder,
+    write_policy,
+    write_released,
+)
 from vat_fast.train.log import RunLog, Speedometer, peak_flops
 from vat_fast.train.loop import Trainer, total_steps
 from vat_fast.train.metrics import ActionErrors
 from vat_fast.train.parameter_groups import describe_groups
 from vat_fast.train.validate import RolloutOptions, check_rollout, rollout, validate
-
-CONFIG_FILE, MODEL_CONFIG_FILE = "config.yaml", "config.json"
 
 
 class Run:
@@ -48,7 +56,7 @@ class Run:
         self.notes: list[str] = []
         self.folder = Path(config.output)
         k, t = config.checkpoint, config.train
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", k.keep_last, k.keep_every)
+        self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, k.keep_last, k.keep_every)
         begin = self._choose_start(resume)
         self.rollout = None
         if config.validate.rollout is not None:
@@ -58,6 +66,8 @@ class Run:
 
         paths = prepare_paths(config, self.is_main)
         vat = build_model(config)
+        if k.released:
+            _check_released(vat.config)
         self.data = open_data(config, vat.config, paths, place.rank, place.world_size)
         if t.lora is not None:
             add_lora(vat, LoRAOptions.from_dict(t.lora))
@@ -116,7 +126,7 @@ class Run:
                 self.log.say(f"asked to stop: step {saved} is saved, the same command goes on from there")
                 self.close()
                 return launch.STOPPED
-        if k.export:
+        if k.export or k.released:
             self.export()
         self.close()
         return 0
@@ -167,16 +177,24 @@ class Run:
             weights = full_state(vat, masters=self.ema is None)
         statistics = list(self.data.statistics.values())
         return make_policy(
-            weights, vat, self.data.policy, statistics, None if lora is None else LoRAOptions.from_dict(lora)
+            weights, vat.config, self.data.policy, statistics, None if lora is None else LoRAOptions.from_dict(lora)
         )
 
     def export(self) -> None:
-        """Write the policy folder `policy` in the run's folder."""
-        policy = self.policy()
-        if self.is_main:
+        """Write the policy into the run's folder: our own layout, the authors', or both, as configured."""
+        policy, k = self.policy(), self.config.checkpoint
+        if not self.is_main:
+            return
+        statistics = list(self.data.statistics.values())
+        if k.export:
             folder = self.folder / "policy"
-            write_policy(policy, list(self.data.statistics.values()), folder)
+            write_policy(policy, statistics, folder)
             self.log.say(f"the policy is in {folder}")
+        if k.released:
+            folder = released_folder(self.folder, self.trainer.step)
+            for note in write_released(policy, statistics, folder, self.trainer.step):
+                self.log.say(f"note: {note}")
+            self.log.say(f"the policy in the authors' layout is in {folder}")
 
     def close(self) -> None:
         """Stop the loader's workers and finish the log."""
@@ -234,6 +252,14 @@ class Run:
             say(note)
         if begin is not None:
             say(f"goes on after step {trainer.step} from {begin}")
+
+
+def _check_released(config: VATConfig) -> None:
+    """Raise one ConfigError, before anything is trained, where the authors' layout could not be written."""
+    try:
+        released.check_exportable(config)
+    except ValueError as error:
+        raise ConfigError(f"checkpoint.released: {error}; set it to false") from error
 
 
 def run(config: Config, place: launch.Place, resume: str = "auto") -> int:

@@ -161,3 +161,10 @@ def test_wrong_files(tmp_path: Path) -> None:
     assert "did you mean 'num_views'" in wrong(tmp_path)
     config.write_text(text[:50])
     assert "not JSON" in wrong(tmp_path)
+
+
+def test_saved_weights_are_as_readable_as_other_files(tmp_path: Path) -> None:
+    VAT(small_config("vit-tiny", next(iter(VARIANTS)))).save_pretrained(tmp_path)
+    (tmp_path / "other").touch()
+    modes = {path.name: path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(set(modes.values())) == 1, modes

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vat_fast.config import VATConfig
-from vat_fast.files import write_text
+from vat_fast.files import make_readable, write_text
 from vat_fast.hub import local_folder
 from vat_fast.model import VAT
 
@@ -121,6 +121,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
+        make_readable(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -165,8 +165,9 @@ class Checkpoints:
         """What killed runs left: partial folders, and checkpoints that were being pruned."""
         if self.folder.is_dir():
             for path in self.folder.iterdir():
-                is_ours = re.fullmatch(rf"step-\d+({re.escape(_PARTIAL)}|{re.escape(_UNIVERSAL)})?", path.name)
-                if is_ours and not _is_whole(path):
+                ours = re.fullmatch(rf"step-\d+({re.escape(_PARTIAL)}|{re.escape(_UNIVERSAL)})?", path.name)
+                # A kill just before the renaming leaves a partial folder with its manifest.
+                if ours and (ours[1] or not _is_whole(path)):
                     shutil.rmtree(path)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from vat_fast.rollout.settings import OFFICIAL_INIT_STATES, EvaluationSettings
 
 if TYPE_CHECKING:
+    from vat_fast.policy import Policy
     from vat_fast.rollout.drivers import ChunkPolicy, ScriptedPolicy
     from vat_fast.rollout.episode import Script
     from vat_fast.rollout.evaluate import EvaluationResult
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from vat_fast.rollout.libero import evaluate_libero, libero_settings
     from vat_fast.rollout.report import text_report, write_reports
 
-    size, render = _images(args)
+    size, render = image_options(args.checkpoint, args.size, args.render)
     settings = libero_settings(
         args.suite,
         args.tasks,
@@ -139,16 +140,31 @@ def _init_states(args: argparse.Namespace) -> tuple[int, ...]:
     return tuple(range(count))
 
 
-def _images(args: argparse.Namespace) -> tuple[int, str]:
+def image_options(checkpoint: str, size: int | None, render: str | None) -> tuple[int, str]:
     """Size and rendering of the images: as asked for, else as the policy was trained, else the authors'."""
     from vat_fast.policy import POLICY_FILE, PolicyConfig
 
-    size, render = None, None
-    file = Path(args.checkpoint) / POLICY_FILE
+    file = Path(checkpoint) / POLICY_FILE
     if file.is_file():
         config = PolicyConfig.load(file)
-        size, render = config.simulated_size, config.simulated_render
-    return args.size or size or 256, args.render or render or "official"
+        size, render = size or config.simulated_size, render or config.simulated_render
+    return size or 256, render or "official"
+
+
+def load_vat(checkpoint: str, device: str, *, suite: str, **options: Any) -> Policy:
+    """The policy with a VAT in a folder or Hub repository; `options` are of `Policy.from_pretrained`.
+
+    Raises:
+        ConfigError, FileNotFoundError, ...: as `Policy.from_pretrained`.
+    """
+    from vat_fast.hub import local_folder
+    from vat_fast.policy import POLICY_FILE, STATISTICS_FILE, Policy
+    from vat_fast.rollout.suites import base_suite
+
+    folder = local_folder(checkpoint, [POLICY_FILE, STATISTICS_FILE])
+    # A released folder does not say which of its suites it is asked for.
+    released = None if (folder / POLICY_FILE).is_file() else base_suite(suite)
+    return Policy.from_pretrained(checkpoint, device, suite=released, **options)
 
 
 def _load(args: argparse.Namespace, suite: str) -> ChunkPolicy | ScriptedPolicy:
@@ -162,15 +178,8 @@ def _load(args: argparse.Namespace, suite: str) -> ChunkPolicy | ScriptedPolicy:
 
     if (Path(args.checkpoint) / BLIND_FILE).is_file():
         return BlindPolicy.from_pretrained(args.checkpoint)
-    from vat_fast.hub import local_folder
-    from vat_fast.policy import POLICY_FILE, STATISTICS_FILE, Policy
-    from vat_fast.rollout.suites import base_suite
-
-    folder = local_folder(args.checkpoint, [POLICY_FILE, STATISTICS_FILE])
-    # A released folder does not say which of its suites it is asked for.
-    released = None if (folder / POLICY_FILE).is_file() else base_suite(suite)
     options: dict[str, Any] = {"batch": [1, args.processes]} if args.batched else {}
-    return Policy.from_pretrained(args.checkpoint, args.device, args.dtype, suite=released, **options)
+    return load_vat(args.checkpoint, args.device, suite=suite, dtype=args.dtype, **options)
 
 
 def _fingerprint(checkpoint: str) -> str | None:

@@ -23,10 +23,21 @@ class UsageError(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 for input that cannot be used."""
+    """Run one command; returns the exit status: 0, 2 for input that cannot be used, 1 if `gate` refuses."""
     parser = argparse.ArgumentParser(prog="vat-fast", description="Vision Action Transformer, made fast.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_add_demo, _add_act, _add_convert, _add_explain, _add_data, _add_collect, _add_eval, _add_doctor):
+    for add in (
+        _add_demo,
+        _add_act,
+        _add_convert,
+        _add_explain,
+        _add_gate,
+        _add_data,
+        _add_collect,
+        _add_eval,
+        _add_attention,
+        _add_doctor,
+    ):
         add(commands)
     args = parser.parse_args(arguments)
     try:
@@ -207,6 +218,12 @@ def _add_explain(commands: Commands) -> None:
     add_command(commands)
 
 
+def _add_gate(commands: Commands) -> None:
+    from vat_fast.gate_cli import add_command
+
+    add_command(commands)
+
+
 def _add_data(commands: Commands) -> None:
     # The data tools are a floor above this one; the command line is where a user finds them.
     from vat_fast.train.data.cli import add_commands
@@ -222,6 +239,12 @@ def _add_collect(commands: Commands) -> None:
 
 def _add_eval(commands: Commands) -> None:
     from vat_fast.rollout.eval_cli import add_command
+
+    add_command(commands)
+
+
+def _add_attention(commands: Commands) -> None:
+    from vat_fast.rollout.attention_cli import add_command
 
     add_command(commands)
 

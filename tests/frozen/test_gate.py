@@ -9,9 +9,10 @@ import torch
 
 from benchmarks.variants import random_batch, small_config
 from tests.frozen.test_passes import models
-from vat_fast import VAT, VATConfig
+from vat_fast import VATConfig
 from vat_fast.actions import FieldStatistics, Statistics
 from vat_fast.frozen.gate import Limits, accept
+from vat_fast.frozen.gate_inputs import plant_massive_activations
 
 pytest.importorskip("openvino", reason="needs the package openvino")
 
@@ -19,14 +20,6 @@ pytest.importorskip("openvino", reason="needs the package openvino")
 def samples(config: VATConfig, count: int, seed: int) -> list[dict[str, torch.Tensor]]:
     inputs = random_batch(config, count, seed)
     return [{name: value for name, value in inputs.items() if name != "actions"}]
-
-
-def plant_outliers(vat: VAT, factor: float) -> None:
-    """Make a few channels of every vision stream much larger, as massive activations of large ViTs are."""
-    with torch.no_grad():
-        vat.pos_embed[..., [3, 17, 40]] += factor
-        for block in vat.vision_blocks:
-            block.norm1.weight[[5, 9]] *= factor
 
 
 @pytest.mark.parametrize("executor", ["openvino", "onednn", "torch"])
@@ -45,7 +38,7 @@ def test_layers_and_actions_are_compared(variant: str, executor: str) -> None:
 def test_int8_is_accepted_even_with_outlier_channels() -> None:
     config = small_config("siglip2-so400m", "VAT")
     vat, _ = models(config)
-    plant_outliers(vat, 60)
+    plant_massive_activations(vat, 60)
     frozen = vat.freeze(dtype="int8", calibration=samples(config, 8, 5), record_layers=True)
     report = accept(vat, frozen, samples(config, 4, 1))
     assert report.accepted, str(report)

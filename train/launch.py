@@ -18,8 +18,16 @@ from types import FrameType
 import torch
 from torch import distributed as dist
 
+from vat_fast.checkpoint import CheckpointError as ModelError
+from vat_fast.config import ConfigError
+from vat_fast.train.checkpoints import CheckpointError
+from vat_fast.train.data.episode import DataError
+
 STOPPED = 75
 """Exit status of a run that was asked to stop and saved itself: "try again" (EX_TEMPFAIL)."""
+
+REFUSED = 2
+"""Exit status of a run whose configuration, data, weights or checkpoint cannot be used."""
 
 _PR_SET_PDEATHSIG = 1
 _WATCH_SECONDS = 0.5
@@ -46,13 +54,14 @@ def start(threads: int | None = None) -> Iterator[Place]:
 
     Works under the launchers `deepspeed` and `torchrun`, and alone, as one rank. The rank dies with the process that
     started it. SIGTERM and SIGINT are noted for `stop_requested`, and so is the end of the `deepspeed` command, whose
-    own process does not hand signals on. An error is printed in one line that names the rank.
+    own process does not hand signals on. An error is printed in one line that names the rank; what the user can put
+    right has no traceback.
 
     Args:
         threads: of PyTorch on a CPU; None: the machine's cores divided by its ranks.
 
     Raises:
-        SystemExit: the launcher ended before this rank began.
+        SystemExit: the launcher ended before this rank began; or with `REFUSED`, for input that cannot be used.
     """
     place = _place()
     if sys.platform == "linux" and place.is_launched:
@@ -78,6 +87,9 @@ def start(threads: int | None = None) -> Iterator[Place]:
     try:
         yield place
         dist.barrier()
+    except (ConfigError, DataError, ModelError, CheckpointError) as error:
+        print(f"train: rank {place.rank}: {error}", file=sys.stderr, flush=True)
+        sys.exit(REFUSED)
     except Exception as error:
         print(f"train: rank {place.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         raise

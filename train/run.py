@@ -33,7 +33,7 @@ from vat_fast.train.export import (
 from vat_fast.train.log import RunLog, Speedometer, peak_flops
 from vat_fast.train.loop import Trainer, total_steps
 from vat_fast.train.metrics import ActionErrors
-from vat_fast.train.parameter_groups import describe_groups
+from vat_fast.train.parameter_groups import describe_groups, parameter_groups
 from vat_fast.train.validate import RolloutOptions, check_rollout, rollout, validate
 
 
@@ -71,6 +71,8 @@ class Run:
         self.data = open_data(config, vat.config, paths, place.rank, place.world_size)
         if t.lora is not None:
             add_lora(vat, LoRAOptions.from_dict(t.lora))
+        # DeepSpeed puts this rank's share in the place of the groups' parameters, so they are described before.
+        self.groups = describe_groups(parameter_groups(vat, t))
         total = total_steps(config, self.data.train.batches_per_epoch)
         self.trainer = Trainer(config, vat, total, place.device, place.rank)
         self.ema = None if t.ema is None else MovingAverage(vat, t.ema, place.rank, place.world_size)
@@ -90,7 +92,13 @@ class Run:
         self._describe(begin)
 
     def train(self) -> int:
-        """Train to the end, or until somebody asks to stop; returns the exit status."""
+        """Train to the end, or until somebody asks to stop; returns the exit status. The run is closed then."""
+        try:
+            return self._train()
+        finally:
+            self.close()
+
+    def _train(self) -> int:
         trainer, config = self.trainer, self.config
         v, k = config.validate, config.checkpoint
         dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
@@ -124,11 +132,9 @@ class Run:
                 saved = step
             if stop and not is_last:
                 self.log.say(f"asked to stop: step {saved} is saved, the same command goes on from there")
-                self.close()
                 return launch.STOPPED
         if k.export or k.released:
             self.export()
-        self.close()
         return 0
 
     def validate(self) -> None:
@@ -197,9 +203,12 @@ class Run:
             self.log.say(f"the policy in the authors' layout is in {folder}")
 
     def close(self) -> None:
-        """Stop the loader's workers and finish the log."""
-        self.data.train.close()
+        """Stop the loaders' workers, finish the log, and take DeepSpeed's hooks off the model."""
+        for loader in (self.data.train, *self.data.validation.values()):
+            loader.close()
         self.log.close()
+        # Here, where the process group is still there, and not whenever the interpreter ends.
+        self.trainer.engine.destroy()
 
     def _choose_start(self, resume: str) -> Path | None:
         """The checkpoint to go on from, or None for a fresh start."""
@@ -242,7 +251,7 @@ class Run:
         held = sum(len(part) for loader in self.data.validation.values() for part in loader.samples)
         say(f"{len(self.data.statistics)} datasets: {samples} samples to train on, {held} held out to measure")
         say(f"{config.model.preset}: {describe_backend(trainer.vat, self.place.device)}")
-        say(describe_groups(trainer.groups))
+        say(self.groups)
         threads = f" with {torch.get_num_threads()} threads" if self.place.device.type == "cpu" else ""
         say(
             f"{world} ranks{threads}, ZeRO-{z.stage}, {t.precision}: {config.micro_batch} samples x "

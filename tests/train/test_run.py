@@ -11,7 +11,9 @@ from vat_fast import VAT
 from vat_fast.config import ConfigError
 from vat_fast.policy import Policy
 from vat_fast.train import launch
+from vat_fast.train.adapters import LoRAOptions
 from vat_fast.train.config import Config, config_from_dict, load_config
+from vat_fast.train.estimate import training_flops
 from vat_fast.train.launch import Place
 from vat_fast.train.log import read_log
 from vat_fast.train.main import main, parse_arguments
@@ -45,9 +47,16 @@ def place(one_rank: torch.device) -> Place:
     return Place(0, 0, 1, one_rank)
 
 
-def test_a_run_leaves_a_policy_that_acts(tmp_path: Path, place: Place) -> None:
+def test_a_run_leaves_a_policy_that_acts(
+    tmp_path: Path, place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vat_fast.train.run.peak_flops", lambda device, dtype: 1e9)
     config = make_config(tmp_path, "run", ema=0.9, lora={"rank": 2})
-    assert Run(config, place).train() == 0
+    run = Run(config, place)
+    vat = run.trainer.vat
+    trained = sum(p.numel() for p in vat.parameters() if p.requires_grad)
+    assert f" {trained / 1e6:.3f} M parameters in " in capsys.readouterr().err
+    assert run.train() == 0
     folder = tmp_path / "run"
     assert load_config(folder / "config.yaml") == config.resolve(1)
     steps = read_log(folder / "log.jsonl", "train")
@@ -55,6 +64,8 @@ def test_a_run_leaves_a_policy_that_acts(tmp_path: Path, place: Place) -> None:
     for name in ("loss", "l1_per_dimension", "l1_per_step", "lr", "grad_norm", "samples_per_second", "data_share"):
         assert name in steps[0]
     assert {"data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds", "mfu"} <= set(steps[0])
+    flops = training_flops(vat.config, LoRAOptions(rank=2))
+    assert steps[0]["mfu"] == pytest.approx(flops * steps[0]["samples_per_second"] / 1e9)
     assert [record["step"] for record in read_log(folder / "log.jsonl", "validation")] == [3, 6]
     assert sorted(path.name for path in (folder / "checkpoints").glob("step-*")) == ["step-00000004", "step-00000006"]
     policy = Policy.from_pretrained(folder / "policy")

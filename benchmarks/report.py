@@ -95,6 +95,9 @@ def render(results: list[dict[str, Any]]) -> str:
             ]
         if result["kind"] == "soak":
             lines += ["## Steadiness", "", *_soak(result), ""]
+    cold = [result for result in results if result["kind"] == "cold_start"]
+    if cold:
+        lines += ["## Cold start", "", *_cold_start(cold), ""]
     lines += ["## On a GPU: bounds, no measurement", ""]
     lines += [
         "No GPU has run this yet: `python -m benchmarks.gpu` checks and times the kernels and the whole step on any "
@@ -122,6 +125,34 @@ def _soak(result: dict[str, Any]) -> list[str]:
         for row in result["rows"]
     ]
     return [*rows, "", f"`python -m benchmarks.soak`. {conditions_line(result)}"]
+
+
+def _cold_start(results: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "Seconds of a fresh process from its birth to the first actions from camera images, on a saved policy with "
+        "random weights; medians, in brackets all starts. int8 takes its ranges from 32 samples in that time. **peak** "
+        "is the largest resident memory on the way, **ready** what stays. `python -m benchmarks.cold_start`.",
+    ]
+    for result in results:
+        lines += [
+            "",
+            f"### {result['preset']}",
+            "",
+            "| who | import s | load s | freeze s | first step s | second step s | all s | peak MB | ready MB |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in result["rows"]:
+            name = f"**{row['name']}**" if row["name"].startswith("frozen") else row["name"]
+            times = " | ".join(
+                f"{row[key]:.2f}" for key in ("import_s", "load_s", "freeze_s", "first_step_s", "second_step_s")
+            )
+            lines.append(
+                f"| {name} | {times} | {row['total_s']:.1f} ({row['total_low_s']:.1f} to {row['total_high_s']:.1f}) | "
+                f"{row['peak_mb']:,.0f} | {row['ready_mb']:,.0f} |"
+            )
+        lines += ["", *(f"Left out: {name} ({why})." for name, why in result["skipped"].items())]
+        lines.append(conditions_line(result))
+    return lines
 
 
 def main() -> None:

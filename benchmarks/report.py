@@ -58,11 +58,29 @@ def step_table(result: dict[str, Any]) -> list[str]:
         f"shapes, attention at the best of them: {'; '.join(shares)}.",
     ]
     if result["end_to_end"]:
-        parts = [
-            f"{row['name']} {row['p50_ms']:,.1f} ms (error {row.get('error', 0):.0e})" for row in result["end_to_end"]
+        lines += [
+            "",
+            "From raw camera images to robot actions through `Policy`:",
+            "",
+            "| who | p50 ms | p90 | p99 | times VAT | error | samples/s |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
         ]
-        lines += ["", f"From raw camera images to robot actions through `Policy`: {'; '.join(parts)}."]
+        lines += [
+            f"| {row['name']} | {row['p50_ms']:,.1f} | {row['p90_ms']:,.1f} | {row['p99_ms']:,.1f} | "
+            f"{row['ratio']:.2f} | {row['error']:.1e} | {1e3 * result['batch'] / row['p50_ms']:,.2f} |"
+            for row in result["end_to_end"]
+        ]
+    if result.get("gate"):
+        verdicts = [_verdict(dtype, report) for dtype, report in result["gate"].items()]
+        lines += ["", f"Error gate, outlier channels planted in the weights: {'; '.join(verdicts)}."]
     return [*lines, ""]
+
+
+def _verdict(dtype: str, report: dict[str, Any]) -> str:
+    found = f"relative error {report['relative_error']:.1e}, limit {report['limits']['relative']:g}"
+    if report["cosines"] is not None:
+        found += f"; cosine of the worst layer {min(report['cosines']):.5f}, limit {report['limits']['cosine']:g}"
+    return f"{dtype} {'accepted' if report['accepted'] else '**refused**'} ({found})"
 
 
 def conditions_line(result: dict[str, Any]) -> str:

@@ -1,11 +1,14 @@
 """The policy step on this CPU: every rival in the same rounds, errors first, results in a file with their conditions.
 
     python -m benchmarks.step                                       vit-tiny and so400m, one sample, two views
+    python -m benchmarks.step --all                                 three presets, batches 1 4 16, 1 to 3 views
     python -m benchmarks.step --presets vit-small --batches 1 4 16 --views 1 2 3
     python -m benchmarks.step --waterfall                           what each pass brings, vit-tiny
 
-Writes benchmarks/results/step-<preset>-B<batch>-V<views>.json (waterfall-<preset>.json).
-`python -m benchmarks.report` makes docs/performance.md and the plots of what is there.
+Writes benchmarks/results/step-<preset>-B<batch>-V<views>.json (waterfall-<preset>.json), each when it is finished. A
+shape whose file is there is not run again, so a run that was interrupted goes on; --again runs it. Who would take
+minutes in every round is left out, and the file says so. `python -m benchmarks.report` makes docs/performance.md and
+the plots of what is there.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,14 +26,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.floor import floor_ms
+from benchmarks.floor import floor_ms, gemm_gflops
 from benchmarks.interleave import conditions, interleave
 from benchmarks.parity import relative
 from benchmarks.rivals import REFERENCE, RIVALS, Problem, build
+from vat_fast import VATConfig
+from vat_fast.cost import forward_cost
 from vat_fast.files import write_text
 from vat_fast.frozen.engine import FrozenVAT, make_plan
+from vat_fast.frozen.gate import accept
+from vat_fast.frozen.gate_inputs import plant_massive_activations, plant_outliers, realistic_samples
 from vat_fast.frozen.passes import PASSES
-from vat_fast.frozen.target import Target
+from vat_fast.frozen.target import Precision, Target
 
 RESULTS = Path(__file__).with_name("results")
 ROUNDS = {"vit-tiny": 200, "vit-small": 60}
@@ -38,16 +45,38 @@ FEW_ROUNDS = 5
 """For models that take seconds."""
 SLOW = ("torch.compile max-autotune fp32", "ONNX Runtime fp32")
 """Not run by default where building takes minutes and gigabytes: with the large presets."""
+SLOW_ROUNDS = (*SLOW, "torch.compile fp32", "VAT fp32")
+"""Not run by default where a forward of the reference takes longer than LONG: each would add minutes to a shape, and
+says little that smaller batches do not."""
+LONG = 20.0
+"""Seconds."""
+PRESETS, BATCHES, VIEWS = ("vit-tiny", "vit-small", "siglip2-so400m"), (1, 4, 16), (1, 2, 3)
+"""Of --all."""
+DTYPES: tuple[Precision, ...] = ("fp32", "bf16", "int8")
+END_TO_END = "from images to actions"
+GATE_SAMPLES = 4
 
 
 def measure(
-    preset: str, batch: int, views: int, rounds: int, names: Sequence[str], whole: bool = True, seed: int = 0
+    preset: str,
+    batch: int,
+    views: int,
+    rounds: int,
+    names: Sequence[str],
+    whole: bool = True,
+    seed: int = 0,
+    dropped: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """The result file's content for one shape; `whole`: also from camera images to robot actions."""
+    """The result file's content for one shape.
+
+    Args:
+        whole: also from camera images to robot actions, and for one sample the error gate of each precision.
+        dropped: who is left out, and why; END_TO_END among them leaves that out.
+    """
     where = conditions(seed)  # before the load is our own
     problem = Problem.make(preset, batch, views, seed)
     rows: list[dict[str, Any]] = []
-    skipped: dict[str, str] = {}
+    skipped = dict(dropped or {})
     references: list[float] = []
     # Of large models only a few at a time fit in memory; each group has rounds of the reference of its own.
     at_once = len(names) if preset in ROUNDS else 2
@@ -57,9 +86,10 @@ def measure(
         references += own
         gc.collect()
     floors = {}
-    for dtype in ("fp32", "bf16", "int8"):
+    for dtype in DTYPES:
         milliseconds, rates = floor_ms(make_plan(problem.vat.config, batch, Target("torch", "fp32")), dtype)
         floors[dtype] = {"ms": milliseconds, "gflops_by_shape": rates}
+    outside = whole and END_TO_END not in skipped
     return {
         "kind": "step",
         "preset": preset,
@@ -70,7 +100,9 @@ def measure(
         "rivals": rows,
         "skipped": skipped,
         "floor": floors,
-        "end_to_end": end_to_end(problem, max(rounds // 4, 3)) if batch == 1 and whole else [],
+        "end_to_end": end_to_end(problem, max(rounds // 4, 3), preset in ROUNDS) if outside else [],
+        # Last: it changes the weights.
+        "gate": gate_verdicts(problem) if whole and batch == 1 else {},
     }
 
 
@@ -98,30 +130,74 @@ def _group(
     return rows, own
 
 
-def end_to_end(problem: Problem, rounds: int) -> list[dict[str, Any]]:
-    """From raw camera images to robot actions through `Policy`: VAT, and frozen in each precision."""
+def end_to_end(problem: Problem, rounds: int, together: bool = True) -> list[dict[str, Any]]:
+    """From raw camera images to robot actions through `Policy`: VAT, and frozen in each precision.
+
+    Args:
+        together: all in the same rounds; otherwise each precision beside VAT alone, for models that fill the memory.
+    """
     from vat_fast.cli import _sample_images, _unit_statistics
     from vat_fast.observation import ImageProcessing
     from vat_fast.policy import Policy, PolicyConfig
 
-    config = problem.vat.config
+    config, batch = problem.vat.config, len(problem.pixels)
     cameras = tuple(f"camera_{view}" for view in range(config.num_views))
     settings = PolicyConfig(image=ImageProcessing(image_size=config.image_size), cameras=cameras)
-    observation = dict(zip(cameras, _sample_images(config.num_views), strict=True))
+    observations = [dict(zip(cameras, _sample_images(config.num_views), strict=True))] * batch
     samples = [{"pixels": problem.pixels, "task_id": problem.task_id}]
-    models: dict[str, Any] = {"VAT fp32": problem.vat}
-    for dtype in ("fp32", "bf16", "int8"):
+
+    def policy(model: Any) -> Policy:
+        return Policy(model, settings, _unit_statistics(config.action_dim))
+
+    def act(one: Policy) -> Callable[[], Any]:
+        return lambda: one.act_batch(observations, 0)
+
+    rows: dict[str, dict[str, Any]] = {}
+    plain = policy(problem.vat)
+    for dtypes in [DTYPES] if together else [(dtype,) for dtype in DTYPES]:
+        policies = {"VAT fp32": plain}
+        for dtype in dtypes:
+            try:
+                frozen = FrozenVAT(problem.vat, batch=batch, dtype=dtype, calibration=samples)
+                policies[f"frozen {dtype}"] = policy(frozen)
+            except ValueError as error:
+                print(f"  frozen {dtype} left out: {error}")
+        # Before the gripper is rounded to open or closed, which hides small errors and shows others as large.
+        actions = {name: torch.from_numpy(one.predict(observations, 0)) for name, one in policies.items()}
+        timings, _ = interleave(act(plain), {name: act(one) for name, one in policies.items()}, rounds)
+        for name, timing in timings.items():
+            error = relative(actions[name], actions["VAT fp32"])
+            per_second = 1e3 * batch / timing.p50_ms
+            rows.setdefault(name, {"name": name, "error": error, **asdict(timing), "samples_per_second": per_second})
+        del policies
+        gc.collect()
+    return list(rows.values())
+
+
+def gate_verdicts(problem: Problem, dtypes: Sequence[Precision] = DTYPES) -> dict[str, dict[str, Any]]:
+    """By precision: the error gate's report on pictures like a robot's, with outlier channels planted in the weights.
+
+    It changes the weights of `problem`: random ones have no outliers, and a gate without them proves little.
+    """
+    plant_massive_activations(problem.vat)
+    plant_outliers(problem.vat)
+    config = problem.vat.config
+    samples, others = (realistic_samples(config, count, seed) for seed, count in ((1, GATE_SAMPLES), (2, 16)))
+    verdicts = {}
+    for dtype in dtypes:
         try:
-            models[f"frozen {dtype}"] = FrozenVAT(problem.vat, dtype=dtype, calibration=samples)  # type: ignore[arg-type]
-        except ValueError as error:
-            print(f"  frozen {dtype} left out: {error}")
-    policies = {name: Policy(model, settings, _unit_statistics(config.action_dim)) for name, model in models.items()}
-    calls = {name: (lambda p: lambda: p.act(observation, 0))(policy) for name, policy in policies.items()}
-    # Before the gripper is rounded to open or closed, which hides small errors and shows others as large.
-    actions = {name: torch.from_numpy(policy.predict([observation], 0)) for name, policy in policies.items()}
-    errors = {name: relative(found, actions["VAT fp32"]) for name, found in actions.items()}
-    timings, _ = interleave(calls["VAT fp32"], calls, rounds)
-    return [{"name": name, "error": errors[name], **asdict(timing)} for name, timing in timings.items()]
+            frozen = problem.vat.freeze(
+                dtype=dtype, calibration=others if dtype == "int8" else None, record_layers=True
+            )
+        except (ImportError, ValueError) as error:
+            print(f"  gate of {dtype} left out: {error}")
+            continue
+        report = accept(problem.vat, frozen, samples)
+        verdicts[dtype] = report.to_dict()
+        print(f"  gate: {report}", flush=True)
+        del frozen
+        gc.collect()
+    return verdicts
 
 
 def waterfall(preset: str, rounds: int, seed: int = 0) -> dict[str, Any]:
@@ -167,9 +243,32 @@ def save(result: dict[str, Any], name: str, folder: Path = RESULTS) -> Path:
     return path
 
 
-def default_rivals(preset: str) -> list[str]:
-    """All of them; for models of many seconds without those that take minutes to build."""
-    return [name for name in RIVALS if name != REFERENCE and (preset in ROUNDS or name not in SLOW)]
+def default_rivals(preset: str, forward_s: float = 0.0) -> tuple[list[str], dict[str, str]]:
+    """(who runs, who does not and why) for a preset whose reference takes `forward_s` seconds."""
+    dropped = {}
+    if preset not in ROUNDS:
+        dropped = dict.fromkeys(SLOW, "building it takes minutes and gigabytes at this size; --rivals runs it")
+    if forward_s > LONG:
+        why = f"a forward of the reference takes about {forward_s:.0f} s here, so each adds minutes; --rivals runs it"
+        dropped = {**dict.fromkeys((*SLOW_ROUNDS, END_TO_END), why), **dropped}
+    return [name for name in RIVALS if name != REFERENCE and name not in dropped], dropped
+
+
+def estimated_seconds(config: VATConfig, batch: int, rounds: int, names: Sequence[str], gflops: float) -> float:
+    """Roughly how long `measure` takes: rounds and warm-up of everybody at most at the reference's pace, and building.
+
+    Args:
+        gflops: what a matrix product in fp32 reaches here; a forward reaches some 70 % of it.
+    """
+    forward = forward_seconds(config, batch, gflops)
+    everybody = 1.5 * len(names) + 4  # groups time the reference again; four policies from images to actions
+    building = 2.0 + 40e-9 * make_plan(config, 1, Target("torch", "fp32")).parameters
+    return (rounds + 3) * everybody * forward * 0.6 + building * (len(names) + 8)
+
+
+def forward_seconds(config: VATConfig, batch: int, gflops: float) -> float:
+    """Roughly, of the eager reference."""
+    return batch * forward_cost(config).total / (0.7e9 * gflops)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -178,36 +277,75 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--presets", nargs="+", default=["vit-tiny", "siglip2-so400m"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--views", nargs="+", type=int, default=[2])
+    parser.add_argument(
+        "--all", action="store_true", help=f"presets {', '.join(PRESETS)}, batches {BATCHES}, views {VIEWS}"
+    )
+    parser.add_argument("--again", action="store_true", help="also shapes whose result file is there")
     parser.add_argument("--rounds", type=int, help="timed rounds (default 200 for vit-tiny, 5 for so400m)")
     parser.add_argument("--rivals", nargs="+", choices=list(RIVALS), metavar="NAME", help=", ".join(RIVALS))
-    parser.add_argument("--step-only", action="store_true", help="without the run from images to robot actions")
+    parser.add_argument(
+        "--step-only", action="store_true", help="without the run from images to robot actions and gate"
+    )
     parser.add_argument("--waterfall", action="store_true", help="what each pass brings, instead")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     options = parser.parse_args(arguments)
-    for preset in options.presets[:1] if options.waterfall else options.presets:
-        if options.waterfall:
-            path = save(
-                waterfall(preset, options.rounds or ROUNDS.get(preset, FEW_ROUNDS)), f"waterfall-{preset}", options.out
-            )
-            print(f"wrote {path}")
-            continue
-        for batch in options.batches:
-            for views in options.views:
-                rounds = options.rounds or max(ROUNDS.get(preset, FEW_ROUNDS) // batch, 3)
-                print(f"{preset}, batch {batch}, {views} views, {rounds} rounds", flush=True)
-                start = time.perf_counter()
-                result = measure(
-                    preset, batch, views, rounds, options.rivals or default_rivals(preset), not options.step_only
-                )
-                for row in sorted(result["rivals"], key=lambda row: row["p50_ms"]):
-                    print(
-                        f"  {row['name']:34}{row['p50_ms']:10.1f} ms  p99 {row['p99_ms']:8.1f}  {row['ratio']:5.2f}x "
-                        f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f})  error {row['error']:.1e}"
-                    )
-                path = save(result, f"step-{preset}-B{batch}-V{views}", options.out)
-                print(f"  wrote {path} after {time.perf_counter() - start:.0f} s", flush=True)
-                gc.collect()
+    if options.waterfall:
+        preset = options.presets[0]
+        rounds = options.rounds or ROUNDS.get(preset, FEW_ROUNDS)
+        print(f"wrote {save(waterfall(preset, rounds), f'waterfall-{preset}', options.out)}")
+        return 0
+    if options.all:
+        options.presets, options.batches, options.views = PRESETS, BATCHES, VIEWS
+    shapes = [(p, b, v) for p in options.presets for b in options.batches for v in options.views]
+    run_shapes(shapes, options)
     return 0
+
+
+def run_shapes(shapes: Sequence[tuple[str, int, int]], options: argparse.Namespace) -> None:
+    """Measure one (preset, batch, views) after the other, a file for each, with an estimate of the time left."""
+    todo = []
+    for preset, batch, views in shapes:
+        path = options.out / f"step-{preset}-B{batch}-V{views}.json"
+        if path.exists() and not options.again:
+            print(f"{path} is there; --again measures it again")
+        else:
+            todo.append((preset, batch, views, path))
+    if not todo:
+        return
+    gflops = gemm_gflops(512, 1152, 1152, "fp32")
+    plans = []
+    for preset, batch, views, path in todo:
+        config = VATConfig.from_preset(preset, num_views=views)
+        rounds = options.rounds or max(ROUNDS.get(preset, FEW_ROUNDS) // batch, 3)
+        names, dropped = default_rivals(preset, forward_seconds(config, batch, gflops))
+        if options.rivals:
+            names, dropped = options.rivals, {}
+        seconds = estimated_seconds(config, batch, rounds, names, gflops)
+        plans.append((preset, batch, views, path, rounds, names, dropped, seconds))
+    pace, took, expected = 1.0, 0.0, 0.0
+    for index, (preset, batch, views, path, rounds, names, dropped, seconds) in enumerate(plans):
+        left = pace * sum(plan[-1] for plan in plans[index:])
+        print(
+            f"{preset}, batch {batch}, {views} views, {rounds} rounds: about {_minutes(pace * seconds)}, "
+            f"{len(plans) - index} shapes to go, about {_minutes(left)}",
+            flush=True,
+        )
+        start = time.perf_counter()
+        result = measure(preset, batch, views, rounds, names, not options.step_only, dropped=dropped)
+        for row in sorted(result["rivals"], key=lambda row: row["p50_ms"]):
+            print(
+                f"  {row['name']:34}{row['p50_ms']:10.1f} ms  p99 {row['p99_ms']:8.1f}  {row['ratio']:5.2f}x "
+                f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f})  error {row['error']:.1e}"
+            )
+        save(result, path.stem, options.out)
+        took, expected = took + time.perf_counter() - start, expected + seconds
+        pace = took / expected  # what is finished says how far off the estimate is
+        print(f"  wrote {path} after {_minutes(time.perf_counter() - start)}", flush=True)
+        gc.collect()
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	$(BIN)/vat-fast demo
+	$(BIN)/python scripts/demo.py
 
 # Two workers, one thread each: two cores stay busy and no test times anything.
 test: setup

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.variants import randomise
+from tests.made_statistics import unit_statistics
 from vat_fast import VAT, VATConfig
 from vat_fast.cli import main
 
@@ -19,7 +20,6 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small saved policy with LIBERO's task table."""
-    from vat_fast.cli import _unit_statistics
     from vat_fast.observation import ImageProcessing
     from vat_fast.policy import Policy, PolicyConfig
 
@@ -27,17 +27,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     randomise(vat, 0)
     config = PolicyConfig.released("libero_object", image=ImageProcessing(image_size=64), statistics_key=None)
     folder = tmp_path_factory.mktemp("policy")
-    Policy(vat.eval(), config, _unit_statistics(7)).save_pretrained(folder)
+    Policy(vat.eval(), config, unit_statistics(7)).save_pretrained(folder)
     return folder
-
-
-def test_demo_predicts_and_says_what_it_cost(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = run(capsys, "demo", "--preset", "vit-tiny", "--steps", "2")
-    assert status == 0
-    assert "14.8 M parameters" in out
-    assert "2 images (256x256, 256x256), task 0 -> 8 actions" in out
-    assert "images to actions: median" in out
-    assert "peak memory" in out
 
 
 def test_act_prints_the_policys_actions(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:

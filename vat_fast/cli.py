@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vat_fast.config import PRESETS, VATConfig
+from vat_fast.config import PRESETS
 
 if TYPE_CHECKING:
-    from vat_fast.actions import Statistics
     from vat_fast.policy import Policy
 
 
@@ -27,7 +26,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vat-fast", description="Vision Action Transformer, made fast.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
-        _add_demo,
         _add_act,
         _add_convert,
         _add_explain,
@@ -48,50 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 Commands = argparse._SubParsersAction  # the type argparse gives `add_subparsers`, which has no public name
-
-
-def _add_demo(commands: Commands) -> None:
-    p = commands.add_parser("demo", help="one prediction of an untrained preset on real camera images, and its cost")
-    p.add_argument("--preset", default="vit-small", choices=PRESETS)
-    p.add_argument("--steps", type=int, default=20, help="timed predictions after a warm-up (default 20)")
-    p.add_argument("--seed", type=int, default=0)
-    p.set_defaults(run=_demo)
-
-
-def _demo(args: argparse.Namespace) -> None:
-    import torch
-
-    from vat_fast.cost import forward_cost
-    from vat_fast.model import VAT
-    from vat_fast.observation import ImageProcessing
-    from vat_fast.policy import Policy, PolicyConfig
-
-    torch.manual_seed(args.seed)
-    config = VATConfig.from_preset(args.preset)
-    print(f"{args.preset}: building the model with random weights ...", flush=True)
-    start = time.perf_counter()
-    vat = VAT(config).eval()
-    count = sum(p.numel() for p in vat.parameters())
-    print(
-        f"  {count / 1e6:,.1f} M parameters, {forward_cost(config).total / 1e9:,.1f} GFLOP a forward, "
-        f"built in {time.perf_counter() - start:.1f} s"
-    )
-    image = ImageProcessing(image_size=config.image_size)
-    settings = PolicyConfig.released("libero_object", image=image, statistics_key=None)
-    policy = Policy(vat, settings, _unit_statistics(config.action_dim), seed=args.seed)
-    _show_prediction(policy, _sample_images(config.num_views), None, 0, args.steps)
-    print("The weights are random, so the actions mean nothing; they show the interface and what a step costs here.")
-
-
-def _unit_statistics(action_dim: int) -> Statistics:
-    """Statistics under which robot units are the normalised ones; the last dimension is a gripper."""
-    import numpy as np
-
-    from vat_fast.actions import FieldStatistics, Statistics
-
-    one = np.ones(action_dim)
-    mask = np.arange(action_dim) < action_dim - 1
-    return Statistics("untrained", FieldStatistics(0 * one, one, -one, one, -one, one, mask))
 
 
 def _add_act(commands: Commands) -> None:

@@ -8,9 +8,10 @@ import torch
 
 from benchmarks.variants import VARIANTS, random_batch, randomise, small_config
 from tests.frozen.test_passes import arguments, models
+from tests.made_statistics import unit_statistics
 from tests.train import makers
 from vat_fast import VAT, VATConfig
-from vat_fast.cli import _unit_statistics, main
+from vat_fast.cli import main
 from vat_fast.frozen.gate_inputs import plant_outliers, realistic_samples
 from vat_fast.gate_cli import recorded_samples
 from vat_fast.observation import ImageProcessing
@@ -25,7 +26,7 @@ def policy() -> Policy:
     vat = VAT(VATConfig.from_preset("vit-tiny", width=64, num_heads=1, depth=3, image_size=32, num_tasks=2))
     randomise(vat, 0)
     tasks = TaskTable({task: index for index, task in enumerate(makers.TASKS)})
-    return Policy(vat.eval(), PolicyConfig(image=IMAGE, tasks=tasks), _unit_statistics(7))
+    return Policy(vat.eval(), PolicyConfig(image=IMAGE, tasks=tasks), unit_statistics(7))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_made_observations_and_refusal(capsys: pytest.CaptureFixture[str], folde
     with torch.no_grad():
         for block in vat.action_blocks:
             block.query.weight *= 300
-    Policy(vat, PolicyConfig.load(folder / "policy" / "policy.json"), _unit_statistics(7)).save_pretrained(tmp_path)
+    Policy(vat, PolicyConfig.load(folder / "policy" / "policy.json"), unit_statistics(7)).save_pretrained(tmp_path)
     status, out, _ = run(capsys, tmp_path, "--dtype", "bf16", "--samples", "4")
     assert status == 1
     assert "REFUSED" in out

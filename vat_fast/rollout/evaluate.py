@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from vat_fast.rollout.drivers import ChunkPolicy, Driver, ScriptedPolicy
 from vat_fast.rollout.episode import SceneFactory
-from vat_fast.rollout.messages import Act, Begin, Failed, Finished, Look, Refused
-from vat_fast.rollout.pool import Lost, SimulatorPool
+from vat_fast.rollout.messages import Act, Begin, Finished, Look
+from vat_fast.rollout.pool import SimulatorPool
 from vat_fast.rollout.records import EpisodeKey, EpisodeRecord, RecordFolder, digest
 from vat_fast.rollout.schedule import Schedule
 from vat_fast.rollout.settings import EvaluationSettings
+from vat_fast.rollout.workers import Failed, Lost, Refused
 
 MAX_ATTEMPTS = 2
 _GIVE_UP_AFTER = 6  # losses in a row, without one finished episode, say that something is wrong with the machine
@@ -111,7 +112,7 @@ def evaluate(
     slots = processes if processes < 1 else max(1, min(processes, len(run.schedule)))
     start = time.perf_counter()
     with (
-        SimulatorPool(slots, (scenes, settings, script), timeout=timeout, start_timeout=start_timeout) as pool,
+        SimulatorPool(slots, scenes, settings, script, timeout=timeout, start_timeout=start_timeout) as pool,
         tqdm(total=len(settings.episodes), initial=resumed, unit="episode", disable=not progress) as bar,
     ):
         run.play(pool, bar)

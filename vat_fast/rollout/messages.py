@@ -1,4 +1,4 @@
-"""What an evaluation and a simulator process say to each other, over a pipe."""
+"""What an evaluation and a simulator process say to each other; instead of a reply comes what workers.py has."""
 
 from __future__ import annotations
 
@@ -41,17 +41,3 @@ class Finished:
     success: bool
     actions: NDArray[np.float32]
     step_ms: float
-
-
-@dataclass(frozen=True)
-class Refused:
-    """From the simulator: a scene that cannot be made; trying again would not help."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class Failed:
-    """From the simulator: an exception in the middle of an episode, as text."""
-
-    message: str

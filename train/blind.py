@@ -3,8 +3,8 @@
     python -m vat_fast.train.blind packed/object --out runs/blind
     vat-fast eval runs/blind --suite object --out runs/blind_object
 
-Targets, statistics, held-out episodes and the order of samples are those of a VAT that is trained on the same folders
-with the same seed; images are never read. OUT is a folder that `BlindPolicy.from_pretrained` and `vat-fast eval` load,
+Targets, statistics and held-out episodes are those of a VAT that is trained on the same folders with the same seed;
+images are never read. OUT is a folder that `BlindPolicy.from_pretrained` and `vat-fast eval` load,
 with `blind_training.json` beside the weights.
 """
 

@@ -74,7 +74,7 @@ def heat_on_camera(map_GG: NDArray[np.float32], height: int, width: int, image: 
     top, left = (height - rows) // 2, (width - columns) // 2
     heat = np.zeros((height, width), np.float32)
     seen = Image.fromarray(map_GG).resize((columns, rows), Image.Resampling.BILINEAR)
-    heat[top : top + rows, left : left + columns] = seen
+    heat[top : top + rows, left : left + columns] = np.asarray(seen)
     # Either rotation undoes itself.
     if image.rotation == "rotate_180":
         return heat[::-1, ::-1]

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from vat_fast.files import write_bytes
     from vat_fast.rollout.attention import spread, watch_episode
-    from vat_fast.rollout.attention_sheet import attention_sheet, png
+    from vat_fast.rollout.attention_sheet import Rows, attention_sheet, check_rows, png
     from vat_fast.rollout.libero import LiberoScenes, libero_settings, simulator_cameras
     from vat_fast.rollout.records import EpisodeKey
     from vat_fast.rollout.suites import task_names
@@ -71,8 +71,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"suite {settings.suite} has tasks 0 to {len(names) - 1}, got {args.task}")
     policy = load_vat(args.checkpoint, args.device, suite=settings.suite, frozen=False)
     count = policy.vat.config.layers
-    rows = {"mean": [("mean of layers", range(count))], "all": [(f"layer {i}", [i]) for i in range(count)]}
-    chosen = rows[args.layers] if isinstance(args.layers, str) else [(f"layer {i}", [i]) for i in args.layers]
+    chosen: Rows = [("mean of layers", range(count))]
+    if args.layers != "mean":
+        chosen = [(f"layer {layer}", [layer]) for layer in (range(count) if args.layers == "all" else args.layers)]
+    check_rows(chosen, count)
     cameras = simulator_cameras(policy.config.cameras)
     name = names[args.task]
     with LiberoScenes(settings.suite, size, render, cameras)(args.task) as scene:
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     outcome = f"{'success' if end.success else 'no success'} after {len(end.actions)} steps"
     moved = f", moved by up to {args.displace:g} cm" if args.displace else ""
     place = f"{settings.suite} {args.task}, initial state {args.init_state}{moved}"
-    title = f"{name} ({place}): {outcome}"
+    title = f"{name}\n{place}: {outcome}"
     sheet = attention_sheet(spread(moments, args.moments), policy.config.cameras, chosen, policy.config.image, title)
     write_bytes(args.out, png(sheet))
     print(f"{title}\n{args.out}")

@@ -26,11 +26,19 @@ def heat_colours(heat: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def overlay(image_HW3: NDArray[np.uint8], heat_HW: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """An image, dimmed and grey, with heat (0 to 1) on it, (H, W, 3) uint8."""
-    grey = image_HW3.mean(-1, keepdims=True) * 0.45
-    share = np.clip(heat_HW, 0, 1)[..., None] ** 0.5
-    mixed = (1 - share) * grey + share * heat_colours(np.clip(heat_HW, 0, 1))
+    """An image, dimmed and grey, with heat (0 to 1) on it, (H, W, 3) uint8; it shows through where heat is highest."""
+    grey = image_HW3.mean(-1, keepdims=True) * 0.6
+    share = 0.7 * heat_HW[..., None]
+    mixed = (1 - share) * grey + share * heat_colours(heat_HW)
     return np.asarray(mixed.round(), np.uint8)
+
+
+def check_rows(rows: Rows, layers: int) -> None:
+    """Raise one ValueError where `rows` name a layer that a model with so many action layers does not have."""
+    for _, chosen in rows:
+        for layer in chosen:
+            if not 0 <= layer < layers:
+                raise ValueError(f"the model has action layers 0 to {layers - 1}, got {layer}")
 
 
 def attention_sheet(
@@ -46,44 +54,43 @@ def attention_sheet(
         cameras: names, in the order of the model's views.
         rows: see `Rows`.
         image: the policy's image pipeline.
-        title: a line above.
+        title: lines above.
 
     Raises:
         ValueError: no moments or rows, or a layer that the model does not have.
     """
     if not moments or not rows:
         raise ValueError("a sheet needs at least one moment and one row of heat maps")
-    layers = len(moments[0].maps)
-    for _, chosen in rows:
-        for layer in chosen:
-            if not 0 <= layer < layers:
-                raise ValueError(f"the model has action layers 0 to {layers - 1}, got {layer}")
+    check_rows(rows, len(moments[0].maps))
     # (rows, moments, V, G, G)
     maps = np.stack([[moment.maps[list(chosen)].mean(0) for moment in moments] for _, chosen in rows])
     most = float(maps.max())
     patches = moments[0].maps[0].size
-    legend = (
-        f"heat: black none, white {100 * most:.2g} % of the attention on one patch ({most * patches:.0f} times even)"
+    title += (
+        f"\nheat: black none, white {100 * most:.2g} % of the attention on one patch, {most * patches:.1f} times even"
     )
 
+    font = ImageFont.load_default(12)
+    head = _LINE * (title.count("\n") + 2)
     per_camera = _TILE + _GAP + len(rows) * (_TILE + _LINE + _GAP)
-    width = _LABEL + len(moments) * (_TILE + _GAP)
-    sheet = Image.new("RGB", (width, 3 * _LINE + _GAP + len(cameras) * per_camera), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    draw.text((_GAP, 2), title, "black", font)
-    draw.text((_GAP, 2 + _LINE), legend, "black", font)
+    columns = _LABEL + len(moments) * (_TILE + _GAP)
+    text = max(font.getlength(line) for line in title.split("\n"))
+    sheet = Image.new("RGB", (max(columns, round(text) + 2 * _GAP), head + _GAP + len(cameras) * per_camera), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, line in enumerate(title.split("\n")):
+        draw.text((_GAP, 2 + number * _LINE), line, "black", font)
     for column, moment in enumerate(moments):
         x = _LABEL + column * (_TILE + _GAP)
-        draw.text((x, 2 + 2 * _LINE), f"step {moment.step}", "black", font)
+        draw.text((x, head - _LINE + 2), f"step {moment.step}", "black", font)
         for view, camera in enumerate(cameras):
-            y = 3 * _LINE + _GAP + view * per_camera
+            y = head + _GAP + view * per_camera
             shown = moment.images[view]
             sheet.paste(_upright(shown), (x, y))
             draw.text((_GAP, y), _wrapped(camera), "black", font)
             y += _TILE + _GAP
             for row, (label, _) in enumerate(rows):
                 map_GG = maps[row, column, view]
-                heat = heat_on_camera(map_GG / most if most else map_GG, *shown.shape[:2], image)
+                heat = heat_on_camera(map_GG / most if most else map_GG, shown.shape[0], shown.shape[1], image)
                 sheet.paste(_upright(overlay(shown, heat)), (x, y))
                 draw.text((_GAP, y), label, "black", font)
                 draw.text((x, y + _TILE + 1), f"{100 * map_GG.sum():.0f} %", "black", font)

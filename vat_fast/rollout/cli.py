@@ -29,6 +29,8 @@ def add_commands(commands: Commands) -> None:
     p.add_argument("--recoveries", action="store_true", help="push the hand aside now and then; the expert recovers")
     p.add_argument("--disturbed-share", type=float, default=1.0, help="of episodes with noise and pushes (default 1)")
     p.add_argument("--seed", type=int, default=0, help="of displacements, noise and pushes")
+    p.add_argument("--learner", metavar="CHECKPOINT", help="this policy drives first, then the expert shows the way on")
+    p.add_argument("--learner-steps", type=int, nargs=2, default=(10, 120), metavar=("LEAST", "MOST"))
     p.add_argument("--processes", type=int, default=2, help="simulators side by side (default 2), 2.5 GB each")
     p.add_argument("--timeout", type=float, default=300.0, help="seconds until a simulator counts as hung")
     p.set_defaults(run=_collect)
@@ -65,6 +67,8 @@ def _collect(args: argparse.Namespace) -> int:
         pushes=args.recoveries,
         disturbed_share=args.disturbed_share,
         seed=args.seed,
+        learner=args.learner,
+        learner_steps=tuple(args.learner_steps),
     )
     reports = collect(settings, args.out, processes=args.processes, timeout=args.timeout)
     for report in reports:

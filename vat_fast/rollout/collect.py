@@ -40,6 +40,8 @@ class CollectSettings:
         noise, pushes: see `Disturbance`.
         disturbed_share: of the episodes that are disturbed at all.
         seed: of displacements and disturbances.
+        learner: folder of a policy that drives first, see `Learner`; None for none.
+        learner_steps: it drives at least and at most.
 
     Raises:
         ValueError: an impossible value, or an unknown suite or task.
@@ -57,6 +59,8 @@ class CollectSettings:
     pushes: bool = False
     disturbed_share: float = 1.0
     seed: int = 0
+    learner: str | None = None
+    learner_steps: tuple[int, int] = (10, 120)
 
     def __post_init__(self) -> None:
         check_simulator()
@@ -75,6 +79,9 @@ class CollectSettings:
         if not 0 <= self.disturbed_share <= 1:
             raise ValueError(f"the share of disturbed episodes must be 0 to 1, got {self.disturbed_share}")
         RenderSettings.named(self.render)
+        least, most = self.learner_steps
+        if not 0 <= least <= most:
+            raise ValueError(f"the learner drives at least and at most so many steps, got {least} and {most}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as values JSON knows."""
@@ -94,7 +101,8 @@ class TaskReport:
 
     Args:
         file: None where not one succeeded, or where some were lost and the task is not finished.
-        failed: episodes that the expert did not solve in any attempt; they are not in the file.
+        failed: episodes that the expert did not solve in any attempt, or for which a learner left it nothing to show;
+            they are not in the file.
         lost: episodes whose simulator died or hung in every try; running again tries them again.
     """
 
@@ -195,6 +203,11 @@ class _Collector:
     def __init__(self, settings: CollectSettings, folder: Path) -> None:
         self._settings, self._folder = settings, folder
         self._scene: Any = None
+        self._learner: Any = None
+        if settings.learner is not None:
+            from vat_fast.rollout.learner import Learner
+
+            self._learner = Learner.load(settings.learner, *settings.learner_steps)
 
     def __call__(self, job: Job) -> bool:
         """Make one episode's file; whether the expert succeeded."""
@@ -221,6 +234,7 @@ class _Collector:
                 rng,
                 displace_cm=settings.displace_cm,
                 displace_seed=settings.seed + turn,
+                learner=self._learner,
             )
             if demonstration is not None:
                 origin = {"episode": job.episode, "init_state_index": settings.init_states[place]}

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from vat_fast.rollout.experts import Expert
 from vat_fast.rollout.experts.disturb import Disturbance, Disturber
+from vat_fast.rollout.learner import Learner
 from vat_fast.rollout.locate import ObjectLocator
 from vat_fast.rollout.scene import SETTLING_STEPS, Scene
 from vat_fast.rollout.suites import max_steps
@@ -59,18 +60,23 @@ def demonstrate(
     *,
     displace_cm: float = 0.0,
     displace_seed: int = 0,
+    learner: Learner | None = None,
 ) -> Demonstration | None:
     """Let the expert do the scene's task once; None where it does not succeed within the suite's step limit.
 
     Args:
         init_state, displace_cm, displace_seed: as in `Scene.reset`.
-        rng: of the disturbance.
+        rng: of the disturbance, and of how long the learner drives.
+        learner: drives first; what the expert does from there on is the demonstration. None is also the answer where
+            the learner needs no help.
 
     Raises:
         NoExpertError: no expert can do this task.
     """
     scene.reset(init_state, displace_cm, displace_seed)
     scene.settle(SETTLING_STEPS)
+    if learner is not None and not learner.drive(scene, rng):
+        return None
     disturber, limit = Disturber(disturbance, rng), max_steps(scene.suite)
     locator = ObjectLocator(scene)
     steps: list[dict[str, NDArray[np.generic]]] = []

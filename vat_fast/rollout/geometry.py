@@ -15,6 +15,12 @@ Vector = NDArray[np.float64]
 
 _ROBOT = ("robot0", "gripper0", "mount0")
 _GROUND = ("table", "floor", "wall")
+_FINGERS = {
+    "gripper0_leftfinger": "left",
+    "gripper0_finger_joint1_tip": "left",
+    "gripper0_rightfinger": "right",
+    "gripper0_finger_joint2_tip": "right",
+}
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,15 @@ class SceneGeometry:
         found = np.array(boxes).reshape(-1, 7)
         # Shapes of half a metre and more are walls and housings around the scene.
         return found[found[:, 3:6].max(1, initial=0) <= 0.35]
+
+    def is_held(self, name: str) -> bool:
+        """Whether both fingers touch an object."""
+        item, sides = self.body(name), set()
+        for contact in self.data.contact[: self.data.ncon]:
+            for this, other in ((contact.geom1, contact.geom2), (contact.geom2, contact.geom1)):
+                if self._root_of_geom[this] == item:
+                    sides.add(_FINGERS.get(self.model.body(self.model.geom_bodyid[other]).name))
+        return {"left", "right"} <= sides
 
     def touching(self) -> set[frozenset[str]]:
         """Pairs of objects and fixtures that are in contact now."""

@@ -26,6 +26,9 @@ from vat_fast.train.config import Offload, Precision
 
 Kind = Literal["gpu", "cpu"]
 
+_MESSAGE, _LIVE = 500_000_000, 1_000_000_000
+"""Defaults of DeepSpeed: elements of a message at stage 0, and of parameters that stage 3 keeps gathered."""
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -82,7 +85,8 @@ class Estimate:
     parameters, gradients, optimizer, ema: on the device. `optimizer` holds Adam's two moments and, with ZeRO or
         bfloat16 weights, the float32 copy that is stepped.
     activations: what the forward of one micro batch keeps for its backward, casts of weights included.
-    buffers: messages between ranks, and with ZeRO-3 the layer that is gathered.
+    buffers: messages between ranks, for which one rank has room too, and with ZeRO-3 the parameters that are gathered:
+        DeepSpeed keeps those that it will need again within its limit, which is most models' whole size.
     host: of what is offloaded.
     flops: of this rank for one optimiser step.
     sent: bytes this rank sends for one optimiser step.
@@ -154,12 +158,6 @@ def estimate(config: VATConfig, plan: TrainingPlan) -> Estimate:
     # Two moments; ZeRO steps a float32 copy of its share, and has that share's gradient in float32.
     optimizer = 8 * trained if stage == 0 else (8 + 4 + 4) * trained // n
     ema = 4 * trained // n if plan.ema else 0
-    largest = max(sum(p.numel() for p in block.parameters()) for block in vat.action_blocks)
-    buffers = 0
-    if n > 1:
-        buffers += width * min(plan.bucket, trained) * (2 if stage else 1)
-    if stage == 3:
-        buffers += width * 2 * largest
     host = 0
     if plan.offload != "none":
         host, optimizer = optimizer, 0
@@ -185,7 +183,7 @@ def estimate(config: VATConfig, plan: TrainingPlan) -> Estimate:
         optimizer=optimizer,
         ema=ema,
         activations=activations,
-        buffers=buffers,
+        buffers=_buffer_bytes(plan, total, trained),
         host=host,
         flops=hardware,
         sent=int(share * width * trained),
@@ -237,6 +235,19 @@ def activation_bytes(config: VATConfig, plan: TrainingPlan) -> int:
     vision = B * config.num_views * config.tokens_per_view * (wide * config.width + narrow * 2 * config.action_width)
     action = B * (config.num_action_tokens + config.num_extra_tokens) * wide * config.action_width
     return config.layers * (vision + action) + layer
+
+
+def _buffer_bytes(plan: TrainingPlan, total: int, trained: int) -> int:
+    """Of DeepSpeed's messages, and of parameters that ZeRO-3 has gathered."""
+    width = 2 if plan.precision == "bf16" else 4
+    if plan.zero == 0:
+        return width * min(_MESSAGE, trained)
+    # Two buckets take turns. A GPU's memory is taken when it is asked for, a CPU's when it is written to.
+    buckets = (1 if plan.zero == 3 else 2) * plan.bucket
+    elements = min(buckets, trained) if plan.kind == "cpu" else buckets
+    if plan.zero == 3:
+        return width * (elements + min(_LIVE, total))
+    return (4 if plan.zero == 1 else width) * elements
 
 
 def _build(config: VATConfig, plan: TrainingPlan) -> VAT:

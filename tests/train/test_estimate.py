@@ -2,6 +2,10 @@
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +58,23 @@ def test_stages_shard() -> None:
     offloaded = estimate(config, TrainingPlan(ranks=4, zero=3, micro_batch=1, offload="all"))
     assert offloaded.host == stages[3].optimizer + stages[3].parameters
     assert offloaded.device_total == stages[3].device_total - offloaded.host
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(2, "autocast"), (3, "fp32")])
+def test_the_sum_is_what_a_run_takes(stage: int, precision: str, tmp_path: Path) -> None:
+    """Within 20 %, of some 900 MB: the growth of a process's resident memory while a model trains in it."""
+    script = Path(__file__).with_name("memory_run.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), str(stage), precision],
+        cwd=script.parents[2],
+        env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=400,
+        check=True,
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["peak"] - found["baseline"] == pytest.approx(found["estimate"]["device_total"], rel=0.2)
 
 
 def test_recompute_and_lora_save_memory() -> None:

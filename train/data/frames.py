@@ -52,13 +52,24 @@ class Frames:
 
     def take(self, chosen: NDArray[np.int64]) -> Frames:
         """Some of the frames."""
-        parts = [getattr(self, name)[chosen] for name in ("images", "places", "offsets", "positions", "group")]
-        return Frames(*parts, self.kinds, self.kind_of_object)
+        return Frames(
+            self.images[chosen],
+            self.places[chosen],
+            self.offsets[chosen],
+            self.positions[chosen],
+            self.group[chosen],
+            self.kinds,
+            self.kind_of_object,
+        )
 
     def labels(self, chosen: NDArray[np.int64]) -> Labels:
         """Of some frames, as tensors."""
-        parts = [torch.from_numpy(getattr(self, name)[chosen]) for name in ("places", "offsets", "positions")]
-        return Labels(*parts, torch.from_numpy(self.kind_of_object))
+        return Labels(
+            torch.from_numpy(self.places[chosen]),
+            torch.from_numpy(self.offsets[chosen]),
+            torch.from_numpy(self.positions[chosen]),
+            torch.from_numpy(self.kind_of_object),
+        )
 
 
 def read_frames(paths: Sequence[str | Path], every: int = 1, progress: bool = True) -> Frames:

@@ -49,7 +49,7 @@ class TritonExecutor(TorchExecutor):
         graph: bool = True,
     ) -> None:
         self._workspaces = _split_workspaces(plan, device)
-        self._scratch: list[Tensor] = []
+        self._scratch_tensors: list[Tensor] = []
         self._producer = {a.buffer: step for step in plan.all_steps for a in step.outputs.values()}
         self._prepared: dict[tuple[str, str], tuple[Tensor, ...]] = {}
         super().__init__(plan, weights, constants, device)
@@ -228,8 +228,8 @@ class TritonExecutor(TorchExecutor):
 
     def _keep(self, *shape: int) -> Tensor:
         """Float32 scratch that the kernel writes and nobody reads, alive as long as the executor."""
-        self._scratch.append(torch.empty(shape, dtype=torch.float32, device=self.device))
-        return self._scratch[-1]
+        self._scratch_tensors.append(torch.empty(shape, dtype=torch.float32, device=self.device))
+        return self._scratch_tensors[-1]
 
 
 def _split_workspaces(plan: Plan, device: torch.device) -> dict[str, Workspace]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Commands = argparse._SubParsersAction  # the type argparse gives `add_subparsers`, which has no public name
 EXPERT = "expert"
+_CALIBRATION_SAMPLES = 32
 
 
 def add_command(commands: Commands) -> None:
@@ -46,6 +47,12 @@ def add_command(commands: Commands) -> None:
     p.add_argument("--settling-steps", type=int, default=10, help="before the policy takes over (default 10)")
     p.add_argument("--batched", action="store_true", help="one forward pass for all robots that wait: not bit-exact")
     p.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "int8", "fp8"), default="fp32")
+    p.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="PATH",
+        help="observations that set the ranges of int8 on CPUs: a packed dataset or LIBERO's HDF5",
+    )
     p.add_argument("--device", default="cpu", help="where the policy runs (default cpu)")
     p.add_argument("--video", metavar="WHICH", help="first, failures, or TASK:STATE,... such as 0:3,2:17")
     p.add_argument("--baseline", type=Path, metavar="DIR", help="evaluation of the same episodes to show beside it")
@@ -179,6 +186,11 @@ def _load(args: argparse.Namespace, suite: str) -> ChunkPolicy | ScriptedPolicy:
     if (Path(args.checkpoint) / BLIND_FILE).is_file():
         return BlindPolicy.from_pretrained(args.checkpoint)
     options: dict[str, Any] = {"batch": [1, args.processes]} if args.batched else {}
+    if args.calibration is not None:
+        from vat_fast.gate_cli import recorded_samples
+
+        whole = load_vat(args.checkpoint, "cpu", suite=suite, frozen=False)
+        options["calibration"] = recorded_samples(args.calibration, whole, [_CALIBRATION_SAMPLES])[0]
     return load_vat(args.checkpoint, args.device, suite=suite, dtype=args.dtype, **options)
 
 

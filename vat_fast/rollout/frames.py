@@ -132,7 +132,8 @@ class _FrameMaker:
         scene = self._scene_of(file.task)
         scene.reset(int(rng.choice(settings.init_states)))
         scene.settle(SETTLING_STEPS)
-        settled, locator, rows = scene.sim.get_state(), ObjectLocator(scene), []
+        settled, locator = scene.sim.get_state(), ObjectLocator(scene)
+        rows: list[dict[str, Any]] = []
         while len(rows) < FRAMES_PER_FILE:
             scene.sim.set_state(settled)
             scene.sim.forward()

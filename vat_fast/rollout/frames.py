@@ -161,7 +161,7 @@ class _FrameMaker:
             for key in rows[0]:
                 values = np.stack([row[key] for row in rows])
                 if values.ndim == 4 and values.dtype == np.uint8:
-                    chunk = (10, *values.shape[1:])
+                    chunk = (min(10, len(values)), *values.shape[1:])
                     group.create_dataset(IMAGE_KEYS[key], data=values, chunks=chunk, compression="lzf")
                 else:
                     group[key] = values

@@ -48,9 +48,9 @@ def start(folder: Path, who: str) -> Start:
 
 def save_policy(preset: str, folder: Path, **overrides: Any) -> None:
     """A policy of a preset with random weights, as a user would have it saved."""
+    from benchmarks.unit_statistics import unit_statistics
     from benchmarks.variants import randomise
     from vat_fast import VAT
-    from vat_fast.cli import _unit_statistics
     from vat_fast.observation import ImageProcessing
     from vat_fast.policy import Policy, PolicyConfig
 
@@ -59,7 +59,7 @@ def save_policy(preset: str, folder: Path, **overrides: Any) -> None:
     randomise(vat, 0)
     cameras = tuple(f"camera_{view}" for view in range(config.num_views))
     settings = PolicyConfig(image=ImageProcessing(image_size=config.image_size), cameras=cameras)
-    Policy(vat, settings, _unit_statistics(config.action_dim)).save_pretrained(folder)
+    Policy(vat, settings, unit_statistics(config.action_dim)).save_pretrained(folder)
 
 
 def measure(preset: str, names: Sequence[str], repeats: int, **overrides: Any) -> dict[str, Any]:

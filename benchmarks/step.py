@@ -136,7 +136,8 @@ def end_to_end(problem: Problem, rounds: int, together: bool = True) -> list[dic
     Args:
         together: all in the same rounds; otherwise each precision beside VAT alone, for models that fill the memory.
     """
-    from vat_fast.cli import _sample_images, _unit_statistics
+    from benchmarks.unit_statistics import unit_statistics
+    from vat_fast.cli import _sample_images
     from vat_fast.observation import ImageProcessing
     from vat_fast.policy import Policy, PolicyConfig
 
@@ -147,7 +148,7 @@ def end_to_end(problem: Problem, rounds: int, together: bool = True) -> list[dic
     samples = [{"pixels": problem.pixels, "task_id": problem.task_id}]
 
     def policy(model: Any) -> Policy:
-        return Policy(model, settings, _unit_statistics(config.action_dim))
+        return Policy(model, settings, unit_statistics(config.action_dim))
 
     def act(one: Policy) -> Callable[[], Any]:
         return lambda: one.act_batch(observations, 0)

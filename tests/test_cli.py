@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.unit_statistics import unit_statistics
 from benchmarks.variants import randomise
-from tests.made_statistics import unit_statistics
 from vat_fast import VAT, VATConfig
 from vat_fast.cli import main
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.unit_statistics import unit_statistics
 from benchmarks.variants import VARIANTS, random_batch, randomise, small_config
 from tests.frozen.test_passes import arguments, models
-from tests.made_statistics import unit_statistics
 from tests.train import makers
 from vat_fast import VAT, VATConfig
 from vat_fast.cli import main

@@ -1,4 +1,4 @@
-"""Statistics for tests: robot units are the normalised ones, the last dimension is a gripper."""
+"""Statistics for policies that nobody trained: robot units are the normalised ones, the last dimension is a gripper."""
 
 from __future__ import annotations
 

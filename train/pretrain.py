@@ -38,6 +38,7 @@ from vat_fast.train.schedule import learning_rate
 from vat_fast.vision_weights import save_vision, vision_state
 
 STATE_FILE = "state.pt"
+SUMMARY_FILE = "pretraining.json"
 _HOLD_OUT_EVERY = 12
 
 
@@ -93,6 +94,9 @@ def pretrain(settings: PretrainSettings, out: Path, *, progress: bool = True) ->
         CheckpointError: the folder has a training with other settings.
     """
     _claim(out, settings)
+    if (out / SUMMARY_FILE).exists():
+        done: dict[str, float] = json.loads((out / SUMMARY_FILE).read_text(encoding="utf-8"))["errors"]
+        return done
     train, held = read_frames(settings.frames, settings.every, progress).split(_HOLD_OUT_EVERY)
     torch.manual_seed(settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -141,7 +145,7 @@ def pretrain(settings: PretrainSettings, out: Path, *, progress: bool = True) ->
     locator = {name: value.contiguous() for name, value in state.items() if name.startswith("locator.")}
     write_bytes(out / "locator.safetensors", save(locator, {"kinds": json.dumps(train.kinds)}))
     summary = {"settings": asdict(settings), "frames": len(train), "held_out": len(held), "errors": errors}
-    write_text(out / "pretraining.json", json.dumps({**summary, "conditions": conditions()}, indent=2) + "\n")
+    write_text(out / SUMMARY_FILE, json.dumps({**summary, "conditions": conditions()}, indent=2) + "\n")
     (out / STATE_FILE).unlink(missing_ok=True)
     return errors
 

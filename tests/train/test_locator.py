@@ -98,12 +98,13 @@ def test_frames_are_turned_with_their_labels(squares: Path) -> None:
         assert frames.kind_of_object.tolist() == [0, 1]
 
 
-def test_the_eyes_learn_and_an_interrupted_training_goes_on(squares: Path, tmp_path: Path) -> None:
+def test_the_eyes_learn_and_a_training_starts_from_them(squares: Path, tmp_path: Path) -> None:
     settings = PretrainSettings((str(squares),), options=OPTIONS, steps=320, batch=32, lr=3e-3, ema=0.97, every=1)
     errors = pretrain(settings, tmp_path / "eyes", progress=False)
     # A patch is 8 pixels; a guess is 1.5 patches off.
     assert errors["patches_view0_p50"] < 0.6, errors
     assert errors["position_cm_view0_p50"] < 4, errors
+    assert pretrain(settings, tmp_path / "eyes", progress=False) == errors, "a finished one is not done again"
     vat = VAT(VATConfig.from_preset("vit-tiny", **OPTIONS))
     before = vision_state(vat)["patch_embed.weight"].clone()
     load_vision(vat, tmp_path / "eyes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -42,6 +43,7 @@ def test_simulates_as_libero_does(cheese_scene: Scene) -> None:
     """Against LIBERO's own environment, with two images in every step: the same states, images and robot state."""
     from libero.libero.envs import OffScreenRenderEnv
 
+    gc.collect()  # a context of robosuite's that is freed later leaves none current
     official = Scene("libero_object", 1, size=48)
     # robosuite renders in whatever OpenGL context is current: nobody else may look until it has.
     plain = OffScreenRenderEnv(bddl_file_name=str(cheese_scene.files.bddl), camera_heights=48, camera_widths=48)
@@ -57,8 +59,8 @@ def test_simulates_as_libero_does(cheese_scene: Scene) -> None:
     assert np.array_equal(cheese_scene.sim_state(), plain.get_sim_state())
     assert np.array_equal(official.sim_state(), plain.get_sim_state())
     # LIBERO's own observations are taken a substep or so before the step's end; what it renders now is the same.
-    now = [plain.sim.render(width=48, height=48, camera_name=camera) for camera in CAMERAS]
     plain.sim._render_context_offscreen.gl_ctx.make_current()
+    now = [plain.sim.render(width=48, height=48, camera_name=camera) for camera in CAMERAS]
     plain.close()
     before = cheese_scene.observe()
     seen = official.observe()

@@ -35,11 +35,12 @@ from vat_fast.rollout.conditions import conditions
 from vat_fast.train.data.frames import Frames, read_frames
 from vat_fast.train.locator import Labels, Locator, location_errors, locator_loss
 from vat_fast.train.schedule import learning_rate
-from vat_fast.vision_weights import save_vision, vision_state
+from vat_fast.vision_weights import load_vision, save_vision, vision_state
 
 STATE_FILE = "state.pt"
 SUMMARY_FILE = "pretraining.json"
 _HOLD_OUT_EVERY = 12
+_SAVE_EVERY_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class PretrainSettings:
     brightness: images are made darker or brighter by up to this share.
     every: of demonstrations' frames, one in so many is used.
     compile: torch.compile the model.
+    vision: folder of earlier eyes to start from; None: new weights.
     """
 
     frames: tuple[str, ...]
@@ -66,6 +68,7 @@ class PretrainSettings:
     every: int = 4
     compile: bool = False
     seed: int = 0
+    vision: str | None = None
 
 
 class _Eyes(nn.Module):
@@ -101,7 +104,10 @@ def pretrain(settings: PretrainSettings, out: Path, *, progress: bool = True) ->
     torch.manual_seed(settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = VATConfig.from_preset(settings.preset, num_views=train.images.shape[1], **settings.options)
-    eyes = _Eyes(VAT(config), Locator(config.width, len(train.kinds), config.num_views)).to(device)
+    vat = VAT(config)
+    if settings.vision:
+        load_vision(vat, settings.vision)
+    eyes = _Eyes(vat, Locator(config.width, len(train.kinds), config.num_views)).to(device)
     trained = {n: p for n, p in eyes.named_parameters() if n.startswith("locator.") or n[4:] in vision_state(eyes.vat)}
     matrices = [p for p in trained.values() if p.ndim >= 2]
     vectors = [p for p in trained.values() if p.ndim < 2]
@@ -136,7 +142,7 @@ def pretrain(settings: PretrainSettings, out: Path, *, progress: bool = True) ->
                 line |= held_out_errors(eyes, average, held, device)
             _log(out, line)
             bar.set_postfix(patches=f"{entropy:.3f}", positions=f"{far:.3f}")
-        if time.perf_counter() - saved > 120:
+        if time.perf_counter() - saved > _SAVE_EVERY_S:
             _save_state(out, step + 1, eyes, optimizer, average)
             saved = time.perf_counter()
     errors = held_out_errors(eyes, average, held, device)
@@ -243,6 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         value = getattr(defaults, name)
         p.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help=f"default {value}")
     p.add_argument("--compile", action="store_true")
+    p.add_argument("--vision", metavar="FOLDER", help="earlier eyes to start from, such as checkpoints/eyes")
     options = vars(p.parse_args(arguments))
     out = options.pop("out")
     errors = pretrain(PretrainSettings(**{**options, "frames": tuple(options["frames"])}), out)

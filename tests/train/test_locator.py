@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import h5py  # type: ignore[import-untyped, unused-ignore]
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from vat_fast import VAT, VATConfig
 from vat_fast.checkpoint import CheckpointError
+from vat_fast.train import pretrain as pretrain_module
 from vat_fast.train.build import build_model
 from vat_fast.train.config import config_from_dict
 from vat_fast.train.data.episode import DataError
@@ -118,6 +122,37 @@ def test_the_eyes_learn_and_a_training_starts_from_them(squares: Path, tmp_path:
         }
     )
     assert torch.equal(build_model(config).patch_embed.weight, vat.patch_embed.weight)
+
+
+def test_an_interrupted_pretraining_goes_on_and_eyes_start_others(
+    squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = PretrainSettings((str(squares),), options=OPTIONS, steps=130, batch=32, lr=3e-3, ema=0.97, every=1)
+    pretrain(settings, tmp_path / "whole", progress=False)
+    monkeypatch.setattr("vat_fast.train.pretrain._SAVE_EVERY_S", -1.0)
+    write_log = pretrain_module._log
+
+    def pulled_plug(out: Path, line: dict[str, Any]) -> None:
+        write_log(out, line)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vat_fast.train.pretrain._log", pulled_plug)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(settings, tmp_path / "again", progress=False)
+    assert torch.load(tmp_path / "again" / "state.pt", weights_only=True)["step"] == 99
+    pretrain(settings, tmp_path / "again", progress=False)
+    one, other = (load_file(tmp_path / name / "vision.safetensors") for name in ("whole", "again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(CheckpointError, match="a training with other settings"):
+        pretrain(replace(settings, lr=1e-3), tmp_path / "again", progress=False)
+
+    started = replace(settings, vision=str(tmp_path / "whole"), steps=1, lr=1e-9)
+    pretrain(started, tmp_path / "started", progress=False)
+    first = load_file(tmp_path / "started" / "vision.safetensors")
+    for name, value in one.items():
+        torch.testing.assert_close(first[name], value, rtol=0, atol=1e-6)
 
 
 def test_errors_speak(squares: Path, tmp_path: Path) -> None:

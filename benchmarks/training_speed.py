@@ -158,6 +158,7 @@ def configure(folder: Path, workers: int) -> Config:
             f"data.paths=[{folder / 'hdf5'}]",
             f"data.packed={folder / 'packed'}",
             "data.synthetic=null",
+            "model.options={num_tasks: 10}",
             "data.holdout=0.0",
             "validate.every=null",
             f"data.workers={workers}",

@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,8 @@ def start(threads: int | None = None) -> Iterator[Place]:
     compatible = getattr(deepspeed.ops, "__compatible_ops__", {})
     if "deepspeed_shm_comm" in compatible:
         compatible["deepspeed_shm_comm"] = False
+    # DeepSpeed calls collectives by the names they had before; nobody who trains can do anything about it.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     deepspeed.init_distributed("nccl" if place.device.type == "cuda" else "gloo", verbose=False)
     _stop_signals.clear()
     if sys.platform == "linux" and place.is_launched:

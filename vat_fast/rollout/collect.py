@@ -19,7 +19,7 @@ from vat_fast.files import write_text
 from vat_fast.rollout.install_check import check_simulator
 from vat_fast.rollout.render import RenderSettings
 from vat_fast.rollout.states import task_files
-from vat_fast.rollout.suites import suite_name, task_names
+from vat_fast.rollout.suites import check_choice, suite_name
 from vat_fast.rollout.workers import GivenUp, run_jobs
 
 ATTEMPTS = 3
@@ -67,12 +67,7 @@ class CollectSettings:
         object.__setattr__(self, "suite", suite_name(self.suite))
         object.__setattr__(self, "tasks", tuple(self.tasks))
         object.__setattr__(self, "init_states", tuple(self.init_states))
-        count = len(task_names(self.suite))
-        for task in self.tasks:
-            if not 0 <= task < count:
-                raise ValueError(f"suite {self.suite} has tasks 0 to {count - 1}, got {task}")
-        if not self.tasks or not self.init_states:
-            raise ValueError("there must be at least one task and one initial state")
+        check_choice(self.suite, self.tasks, self.init_states)
         for name, least in (("episodes", 1), ("size", 16), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -34,7 +34,7 @@ from vat_fast.rollout.install_check import check_simulator
 from vat_fast.rollout.locate import ObjectLocator
 from vat_fast.rollout.render import RenderSettings
 from vat_fast.rollout.scene import SETTLING_STEPS, Scene
-from vat_fast.rollout.suites import max_steps, suite_name, task_names
+from vat_fast.rollout.suites import check_choice, max_steps, suite_name
 from vat_fast.rollout.workers import GivenUp, run_jobs
 
 FRAMES_PER_FILE = 250
@@ -72,12 +72,7 @@ class FrameSettings:
     def __post_init__(self) -> None:
         check_simulator()
         object.__setattr__(self, "suite", suite_name(self.suite))
-        count = len(task_names(self.suite))
-        for task in self.tasks:
-            if not 0 <= task < count:
-                raise ValueError(f"suite {self.suite} has tasks 0 to {count - 1}, got {task}")
-        if not self.tasks or not self.init_states:
-            raise ValueError("there must be at least one task and one initial state")
+        check_choice(self.suite, self.tasks, self.init_states)
         if self.frames < 1 or self.size < 16:
             raise ValueError(f"there must be at least 1 frame of 16 pixels, got {self.frames} of {self.size}")
         RenderSettings.named(self.render)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -50,6 +51,20 @@ def task_names(suite: str) -> list[str]:
             f"scene file, {missing[0]} for example; `libero-pro list` shows complete suites"
         )
     return [_language(task) for task in tasks]
+
+
+def check_choice(suite: str, tasks: Sequence[int], init_states: Sequence[int]) -> None:
+    """Refuse tasks that a suite does not have, and choices of nothing.
+
+    Raises:
+        ValueError: see above.
+    """
+    count = len(task_names(suite))
+    for task in tasks:
+        if not 0 <= task < count:
+            raise ValueError(f"suite {suite} has tasks 0 to {count - 1}, got {task}")
+    if not tasks or not init_states:
+        raise ValueError("there must be at least one task and one initial state")
 
 
 def base_suite(suite: str) -> str:

@@ -43,9 +43,9 @@ def test_simulates_as_libero_does(cheese_scene: Scene) -> None:
     """Against LIBERO's own environment, with two images in every step: the same states, images and robot state."""
     from libero.libero.envs import OffScreenRenderEnv
 
-    gc.collect()  # a context of robosuite's that is freed later leaves none current
+    gc.collect()  # robosuite frees in whatever OpenGL context is current: nothing of others may be left to free
     official = Scene("libero_object", 1, size=48)
-    # robosuite renders in whatever OpenGL context is current: nobody else may look until it has.
+    # It renders there too: nobody else may look until it has.
     plain = OffScreenRenderEnv(bddl_file_name=str(cheese_scene.files.bddl), camera_heights=48, camera_widths=48)
     np.random.seed(2)
     plain.reset()
@@ -72,6 +72,25 @@ def test_simulates_as_libero_does(cheese_scene: Scene) -> None:
         assert 0 < np.abs(after[f"{camera}_image"].astype(int) - image).mean() < 10
     np.testing.assert_allclose(before["state"], read_proprio(expected, 8), atol=2e-3)
     np.testing.assert_allclose(cheese_scene.robot_state()["joint_pos"], expected["robot0_joint_pos"], atol=5e-3)
+
+
+def test_nobody_elses_end_takes_what_a_scene_renders_with(cheese_scene: Scene) -> None:
+    """A scene that nobody closed, and a robosuite environment: both free what they had, by number, when collected."""
+    from libero.libero.envs import OffScreenRenderEnv
+
+    cheese_scene.reset(5)
+    before = cheese_scene.observe()
+    other = Scene("libero_object", 1, size=32)
+    other.observe()
+    plain = OffScreenRenderEnv(bddl_file_name=str(cheese_scene.files.bddl), camera_heights=32, camera_widths=32)
+    cheese_scene.observe()
+    del other
+    plain.close()
+    del plain
+    gc.collect()
+    after = cheese_scene.observe()
+    for camera in CAMERAS:
+        assert np.array_equal(before[f"{camera}_image"], after[f"{camera}_image"])
 
 
 def test_triton_can_be_loaded_after_rendering(simulator: None) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -55,6 +57,9 @@ class Renderer:
     Make it when the simulation is reset: making it lets MuJoCo compute forward once, which changes later steps in
     their last bits. Rendering itself changes nothing.
 
+    OpenGL draws, and frees by number, in whatever context is current. A renderer's context is current only while it
+    works, so nobody else, robosuite's own environments included, can free what belongs to it.
+
     Args:
         sim: robosuite's MjSim.
         size: of the square images, in pixels.
@@ -63,25 +68,53 @@ class Renderer:
 
     def __init__(self, sim: Any, size: int, settings: RenderSettings) -> None:
         import mujoco
-        from robosuite.utils.binding_utils import MjRenderContextOffscreen
 
         # The framebuffer is made when the context is, so this comes first.
         sim.model._model.vis.quality.offsamples = settings.multisampling
-        context = MjRenderContextOffscreen(sim, device_id=-1, max_width=size, max_height=size)
-        context.vopt.geomgroup[0] = 0  # collision shapes
-        context.vopt.geomgroup[1] = 1  # what is seen
-        context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = settings.reflections
-        self._sim, self._size, self._context = sim, size, context
+        self._context = _context_class()(sim, device_id=-1, max_width=size, max_height=size)
+        self._context.vopt.geomgroup[0] = 0  # collision shapes
+        self._context.vopt.geomgroup[1] = 1  # what is seen
+        self._context.scn.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = settings.reflections
+        self._sim, self._size = sim, size
+        _make_none_current()
 
     def image(self, camera: str) -> NDArray[np.uint8]:
         """The view of a camera (S, S, 3) uint8 as OpenGL renders it: upside down, the convention of LIBERO's data."""
         self._context.gl_ctx.make_current()
         self._context.render(width=self._size, height=self._size, camera_id=self._sim.model.camera_name2id(camera))
         image: NDArray[np.uint8] = self._context.read_pixels(self._size, self._size)
+        _make_none_current()
         return image
 
     def close(self) -> None:
-        """Free the context. OpenGL frees by number in whatever context is current, so its own must be."""
-        self._context.gl_ctx.make_current()
+        """Free the context."""
         self._sim._render_context_offscreen = None
         del self._context
+
+
+@cache
+def _context_class() -> Any:
+    """robosuite's offscreen context, freed in itself whoever frees it and whenever."""
+    from robosuite.utils.binding_utils import MjRenderContextOffscreen
+
+    class OwnContext(MjRenderContextOffscreen):
+        def __del__(self) -> None:
+            # Without "con" its making failed; and at the interpreter's end the process frees everything.
+            if hasattr(self, "con") and not sys.is_finalizing():
+                self.gl_ctx.make_current()
+                super().__del__()
+                _make_none_current()
+
+    return OwnContext
+
+
+@cache
+def _empty_context() -> Any:
+    from robosuite.utils.binding_utils import GLContext
+
+    return GLContext(max_width=16, max_height=16, device_id=-1)
+
+
+def _make_none_current() -> None:
+    """Leave a context current that holds nothing: robosuite's contexts can be made current, but not released."""
+    _empty_context().make_current()

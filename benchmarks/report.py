@@ -54,8 +54,8 @@ def step_table(result: dict[str, Any]) -> list[str]:
     ]
     lines += [
         "",
-        f"Floor, all matrix products at the rates that packed oneDNN products reach here at their "
-        f"shapes, attention at the best of them: {'; '.join(shares)}.",
+        "Floor, all matrix products at the best rates that packed products of oneDNN or OpenVINO reach here at their "
+        f"shapes, attention at the best of all: {'; '.join(shares)}.",
     ]
     if result["end_to_end"]:
         lines += [

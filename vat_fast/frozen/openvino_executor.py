@@ -86,19 +86,24 @@ class OpenVINOExecutor:
         return last.result(name)
 
 
+def compile_for_cpu(graph: ov.Model, dtype: str) -> ov.InferRequest:
+    """A request for one run of a graph at a time, in "fp32" or "bf16", with as many threads as PyTorch has."""
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": "1",
+        "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[dtype],
+        # Pinned threads of several processes would meet on the same cores.
+        "ENABLE_CPU_PINNING": "NO",
+    }
+    return _CORE.compile_model(graph, "CPU", settings).create_infer_request()
+
+
 class _Compiled:
     """A compiled graph with memory for its parameters and results, bound once: a run neither makes nor moves any."""
 
     def __init__(self, graph: ov.Model, dtype: str) -> None:
-        settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "NUM_STREAMS": "1",
-            "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
-            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[dtype],
-            # Pinned threads of several processes would meet on the same cores.
-            "ENABLE_CPU_PINNING": "NO",
-        }
-        self._request = _CORE.compile_model(graph, "CPU", settings).create_infer_request()
+        self._request = compile_for_cpu(graph, dtype)
         self._inputs = {port.get_any_name(): self._bind(port) for port in self._request.model_inputs}
         self._results = {port.get_any_name(): self._bind(port) for port in self._request.model_outputs}
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from benchmarks.soak import MOST_GROWTH_MB, Soak, frozen_step, soak
+from benchmarks.soak import MOST_GROWTH_MB, Soak, frozen_step, soak, unsteadiness
 from vat_fast import VATConfig
 
 CLEAN = Soak(100, p50_ms=1.0, p90_ms=1.1, p99_ms=1.2, worst_ms=2.0, first_mb=50.0, last_mb=50.5, growth_mb=0.5)
@@ -33,6 +33,12 @@ def test_limits() -> None:
     assert CLEAN.failures == []
     slow = dataclasses.replace(CLEAN, p99_ms=1.31)
     assert slow.failures == ["p99 is 1.31 times p50, limit 1.3"]
+    slow = dataclasses.replace(slow, machine_p99_over_p50=1.25)
+    assert slow.failures[0].endswith("; for plain matrix products of that length it is 1.25 times")
+
+
+def test_the_machines_own_unsteadiness() -> None:
+    assert unsteadiness(0.5, runs=50) >= 1
 
 
 def test_too_few_steps_are_refused() -> None:

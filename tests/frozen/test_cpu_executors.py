@@ -8,7 +8,7 @@ from benchmarks.variants import VARIANTS, random_batch, small_config
 from tests.frozen.test_passes import arguments, models
 from vat_fast import VATConfig
 from vat_fast.frozen.cpu import cpu_executor
-from vat_fast.frozen.int8 import Range, quantise_linear
+from vat_fast.frozen.int8 import ALPHAS, Range, quantise_linear
 
 pytest.importorskip("openvino", reason="needs the package openvino")
 
@@ -58,17 +58,24 @@ def test_smoothing_saves_what_outlier_channels_would_drown() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(256, 64, generator=generator), torch.randn(48, 64, generator=generator) / 8
     x[:, [3, 40]] *= 60
-    observed = Range(*x.aminmax(dim=0))
+    observed = Range(*x.aminmax(dim=0), x.square().mean(dim=0))
 
-    def error(alpha: float) -> float:
-        q = quantise_linear(weight, observed, alpha)
+    def error(*alphas: float) -> float:
+        q = quantise_linear(weight, observed, alphas or ALPHAS)
         step = (q.high - q.low) / 255
         even = x if q.smooth is None else x / q.smooth
         rounded = ((even - q.low) / step).round().clamp(0, 255) * step + q.low
         return float((rounded @ (q.weight * q.scale[:, None]).T - x @ weight.T).norm() / (x @ weight.T).norm())
 
-    assert error(0.5) < 0.03
-    assert error(0.5) < error(0.0) / 2
+    assert error() < 0.03
+    assert error() < error(0.0) / 2
+    assert error() <= 1.02 * min(error(alpha) for alpha in ALPHAS)  # what is expected is what happens
+
+
+def test_even_inputs_are_left_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(256, 64, generator=generator), torch.randn(48, 64, generator=generator)
+    assert quantise_linear(weight, Range(*x.aminmax(dim=0), x.square().mean(dim=0))).smooth is None
 
 
 def test_raw_bytes_are_normalised_inside() -> None:

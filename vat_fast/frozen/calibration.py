@@ -19,7 +19,7 @@ def observe(
     constants: Mapping[str, Tensor],
     inputs: Iterable[Mapping[str, Tensor]],
 ) -> dict[str, Range]:
-    """The range of every linear's input, by step and input channel.
+    """The range and mean square of every linear's input, by step and input channel.
 
     Args:
         plan: in float32, of one sample.
@@ -36,7 +36,7 @@ def observe(
         count += 1
     if count == 0:
         raise ValueError("calibration has no samples; give some recorded observations, 32 or more over all tasks")
-    return {name: Range(low, high) for name, (low, high) in executor.seen.items()}
+    return {name: Range(low, high, squares / runs) for name, (low, high, squares, runs) in executor.seen.items()}
 
 
 class _Observer(TorchExecutor):
@@ -46,12 +46,15 @@ class _Observer(TorchExecutor):
         self, plan: Plan, weights: Mapping[str, Tensor], constants: Mapping[str, Tensor], device: torch.device
     ) -> None:
         super().__init__(plan, weights, constants, device)
-        self.seen: dict[str, tuple[Tensor, Tensor]] = {}
+        self.seen: dict[str, tuple[Tensor, Tensor, Tensor, int]] = {}
 
     def _linear(self, step: Step, x: dict[str, Tensor], w: dict[str, Tensor], y: Tensor) -> None:
-        low, high = x["x"].flatten(0, -2).aminmax(dim=0)
+        rows = x["x"].flatten(0, -2)
+        low, high = rows.aminmax(dim=0)
+        squares, runs = rows.square().mean(dim=0), 1
         if step.name in self.seen:
             before = self.seen[step.name]
             low, high = torch.minimum(low, before[0]), torch.maximum(high, before[1])
-        self.seen[step.name] = (low, high)
+            squares, runs = squares + before[2], runs + before[3]
+        self.seen[step.name] = (low, high, squares, runs)
         super()._linear(step, x, w, y)

@@ -139,7 +139,8 @@ def _soak(result: dict[str, Any]) -> list[str]:
     ]
     rows += [
         f"| {row['name']} | {row['steps']:,} | {row['p50_ms']:.1f} | {row['p99_ms']:.1f} | "
-        f"{row['p99_ms'] / row['p50_ms']:.2f} | {row['machine_p99_over_p50']:.2f} | {row['growth_mb']:+.1f} |"
+        f"{row['p99_ms'] / row['p50_ms']:.2f} | {row.get('machine_p99_over_p50') or 'not measured'} | "
+        f"{row['growth_mb']:+.1f} |"
         for row in result["rows"]
     ]
     about = (

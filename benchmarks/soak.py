@@ -95,7 +95,7 @@ def unsteadiness(milliseconds: float, runs: int = 1000) -> float:
     one = float(np.median([products(10) for _ in range(20)])) / 10
     count = max(round(milliseconds / one), 1)
     p50, p99 = np.percentile([products(count) for _ in range(runs)], [50, 99])
-    return float(p99 / p50)
+    return round(float(p99 / p50), 2)
 
 
 def frozen_step(config: VATConfig, dtype: str, seed: int = 0) -> Callable[[], Any]:

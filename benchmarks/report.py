@@ -55,7 +55,7 @@ def step_table(result: dict[str, Any]) -> list[str]:
     lines += [
         "",
         "Floor, all matrix products at the best rates that packed products of oneDNN or OpenVINO reach here at their "
-        f"shapes, attention at the best of all: {'; '.join(shares)}.",
+        f"shapes, attention at the best of its precision: {'; '.join(shares)}.",
     ]
     if result["end_to_end"]:
         lines += [

@@ -9,7 +9,7 @@ from vat_fast.rollout.experts import Command, Expert, NoExpertError, expert_acti
 from vat_fast.rollout.experts.clearance import hand_clearance
 from vat_fast.rollout.experts.disturb import Disturbance, Disturber
 from vat_fast.rollout.experts.goal import PlaceGoal
-from vat_fast.rollout.experts.grasp import plan_grasps
+from vat_fast.rollout.experts.grasp import Grasp, plan_grasps
 from vat_fast.rollout.geometry import SceneGeometry
 from vat_fast.rollout.scene import SETTLING_STEPS, Scene
 
@@ -23,6 +23,31 @@ def test_solves_an_episode(cheese_scene: Scene) -> None:
             break
     assert cheese_scene.success
     assert steps < 140
+
+
+@pytest.mark.parametrize(
+    ("task", "init_state"),
+    [
+        pytest.param(4, 22, id="rim in a drawer that only some grasps reach"),
+        pytest.param(7, 39, id="bowl that hangs aslant and is let go too low"),
+        pytest.param(8, 29, id="arm at the limit of a joint"),
+    ],
+)
+def test_solves_what_is_hard(simulator: None, task: int, init_state: int) -> None:
+    with Scene("spatial", task, cameras=()) as scene:
+        scene.reset(init_state)
+        scene.settle(SETTLING_STEPS)
+        for steps, action in enumerate(expert_actions(scene), 1):
+            if scene.step(action) or steps == 220:
+                break
+        assert scene.success
+
+
+def test_another_grasp_is_elsewhere_or_turned() -> None:
+    grasp = Grasp(0.0, np.array([0.1, 0.2, 0.9]), 0.05)
+    assert grasp.resembles(Grasp(1.0, np.array([0.11, 0.2, 0.9]), np.pi - 0.05))  # the fingers look alike
+    assert not grasp.resembles(grasp._replace(yaw=0.6))
+    assert not grasp.resembles(grasp._replace(grip=np.array([0.14, 0.2, 0.9])))
 
 
 def test_solves_a_displaced_and_disturbed_episode(cheese_scene: Scene) -> None:

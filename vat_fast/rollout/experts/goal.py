@@ -80,4 +80,6 @@ class PlaceGoal:
             return float(geometry.bounds(self.target).high[2] - 0.03 + above_bottom)
         if self.on_fixture:
             return float(self.target_bounds(geometry).low[2] - 0.005 + above_bottom)
-        return float(geometry.position(self.target)[2] + held[2] + 0.008)
+        # A bowl held by its rim hangs aslant: what touches down first is lower than its middle.
+        drop = geometry.position(self.item)[2] - geometry.bounds(self.item).low[2]
+        return float(geometry.position(self.target)[2] + held[2] + max(drop, 0.0) + 0.008)

@@ -17,6 +17,11 @@ _RIM_HEIGHT = 0.0515
 _RIM_RADIUS = 0.048
 _BELOW_RIM = 0.017
 
+_ANOTHER_YAW, _ANOTHER_PLACE = 0.3, 0.03
+"""Radians and metres from which on a grasp is another one."""
+_INWARDS_COST = 600.0
+"""Per metre: a rim that is not between the middles of the pads slips."""
+
 _MAX_OPENING = 0.076
 """The fingers open to 80 mm."""
 
@@ -29,6 +34,11 @@ class Grasp(NamedTuple):
     """Point between the finger pads (3,)."""
     yaw: float
     """Of the line through the fingers, radians in [0, pi)."""
+
+    def resembles(self, other: Grasp) -> bool:
+        """Whether it would fail as the other did: neighbours fail alike."""
+        turned = abs((self.yaw - other.yaw + np.pi / 2) % np.pi - np.pi / 2)
+        return bool(turned < _ANOTHER_YAW and np.linalg.norm(self.grip - other.grip) < _ANOTHER_PLACE)
 
 
 def plan_grasps(geometry: SceneGeometry, name: str) -> list[Grasp]:
@@ -51,7 +61,7 @@ def _rim_grasps(geometry: SceneGeometry, name: str) -> list[Grasp]:
         rim = origin + up * _RIM_HEIGHT + radial * _RIM_RADIUS
         for inwards in (0.0, 0.010, 0.020):  # the outer finger nearer to the rim, where a neighbour stands close
             grip = rim - radial * inwards - np.array([0, 0, _BELOW_RIM])
-            cost = abs(yaw - START_YAW) + 0.1 * float(np.hypot(*(grip - gripper)[:2])) + 60 * inwards
+            cost = abs(yaw - START_YAW) + 0.1 * float(np.hypot(*(grip - gripper)[:2])) + _INWARDS_COST * inwards
             grasps.append(Grasp(cost + clearance_cost(grip, yaw, obstacles), grip, yaw))
     return grasps
 

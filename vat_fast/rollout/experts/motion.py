@@ -17,6 +17,8 @@ Phase = Literal["approach", "descend", "close", "lift", "carry", "lower", "open"
 _METRES_PER_ACTION = 0.05
 _GAIN = 1.6
 """Of the distance to the goal; the controller takes a few steps to follow, so it can ask for more than the rest."""
+_PROGRESS, _PATIENCE, _MOST_GAIN = 0.0005, 6, 8.0
+"""Metres, steps without so much of them, and how far the gain may grow then."""
 _TURN_GAIN = 4.0
 _MAX_TURN = 0.6
 _YAW_TOLERANCE = 0.08
@@ -59,12 +61,20 @@ class Hand:
             max_steps: give up after so many; whoever follows sees where the hand is.
             yaw: angle of the fingers' line to turn to, radians; None for no turning.
         """
+        gain, nearest, stalled = _GAIN, np.inf, 0
         for _ in range(max_steps):
             error = goal - self.geometry.gripper()
             there = np.linalg.norm(error[:2]) < tolerance[0] and abs(error[2]) < tolerance[1]
             if there and (yaw is None or abs(self._yaw_error(yaw)) < _YAW_TOLERANCE):
                 return
-            yield Command(self._towards(goal, grip, yaw), phase)
+            # Near the limit of a joint the controller stops short of the goal: ask for more until it moves.
+            if there or np.linalg.norm(error) < nearest - _PROGRESS:
+                nearest, stalled = min(nearest, float(np.linalg.norm(error))), 0
+            else:
+                stalled += 1
+            if stalled > _PATIENCE:
+                gain = min(1.25 * gain, _MOST_GAIN)
+            yield Command(self._towards(goal, grip, yaw, gain), phase)
 
     def hold(self, steps: int, grip: float, phase: Phase, at: Vector | None = None) -> Iterator[Command]:
         """Commands that open or close the hand: still, or kept at a point."""
@@ -72,8 +82,8 @@ class Hand:
             still = np.array([0, 0, 0, 0, 0, 0, grip])
             yield Command(still if at is None else self._towards(at, grip, None), phase)
 
-    def _towards(self, goal: Vector, grip: float, yaw: float | None) -> NDArray[np.float64]:
-        motion = _GAIN * (goal - self.geometry.gripper()) / _METRES_PER_ACTION
+    def _towards(self, goal: Vector, grip: float, yaw: float | None, gain: float = _GAIN) -> NDArray[np.float64]:
+        motion = gain * (goal - self.geometry.gripper()) / _METRES_PER_ACTION
         motion *= min(1.0, self.max_action / max(np.abs(motion).max(), 1e-9))  # shortened as a whole: a straight line
         turn = 0.0 if yaw is None else float(np.clip(_TURN_GAIN * self._yaw_error(yaw), -_MAX_TURN, _MAX_TURN))
         return np.array([*motion, 0, 0, turn if abs(turn) > 0.02 else 0, grip])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import count
 
 import numpy as np
 
@@ -43,13 +42,14 @@ class Expert:
 
     def commands(self) -> Iterator[Command]:
         """One command per control step, without end; the caller stops at success or when time is up."""
-        for attempt in count():
+        failed: list[Grasp] = []
+        while True:
             grasps = plan_grasps(self.geometry, self.goal.item)
             if not grasps:  # knocked over, it may be too wide for the fingers
                 yield from self.hand.hold(10, OPEN, "retreat")
                 continue
-            # Neighbouring candidates fail alike: take one from further down each time.
-            grasp = grasps[min(3 * attempt, len(grasps) - 1) if attempt < 4 else 0]
+            grasp = next((one for one in grasps if not any(one.resembles(other) for other in failed)), grasps[0])
+            failed.append(grasp)
             start = self.geometry.position(self.goal.item)
             above_bottom = grasp.grip[2] - self.geometry.bounds(self.goal.item).low[2]
             yield from self._pick(grasp, above_bottom)

@@ -80,10 +80,13 @@ class Renderer:
 
     def image(self, camera: str) -> NDArray[np.uint8]:
         """The view of a camera (S, S, 3) uint8 as OpenGL renders it: upside down, the convention of LIBERO's data."""
+        camera_id = self._sim.model.camera_name2id(camera)
         self._context.gl_ctx.make_current()
-        self._context.render(width=self._size, height=self._size, camera_id=self._sim.model.camera_name2id(camera))
-        image: NDArray[np.uint8] = self._context.read_pixels(self._size, self._size)
-        _make_none_current()
+        try:
+            self._context.render(width=self._size, height=self._size, camera_id=camera_id)
+            image: NDArray[np.uint8] = self._context.read_pixels(self._size, self._size)
+        finally:
+            _make_none_current()
         return image
 
     def close(self) -> None:

@@ -42,14 +42,14 @@ class Expert:
 
     def commands(self) -> Iterator[Command]:
         """One command per control step, without end; the caller stops at success or when time is up."""
-        failed: list[Grasp] = []
+        tried: list[Grasp] = []
         while True:
             grasps = plan_grasps(self.geometry, self.goal.item)
             if not grasps:  # knocked over, it may be too wide for the fingers
                 yield from self.hand.hold(10, OPEN, "retreat")
                 continue
-            grasp = next((one for one in grasps if not any(one.resembles(other) for other in failed)), grasps[0])
-            failed.append(grasp)
+            grasp = next((one for one in grasps if not any(one.resembles(other) for other in tried)), grasps[0])
+            tried.append(grasp)
             start = self.geometry.position(self.goal.item)
             above_bottom = grasp.grip[2] - self.geometry.bounds(self.goal.item).low[2]
             yield from self._pick(grasp, above_bottom)

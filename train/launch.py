@@ -23,6 +23,7 @@ from vat_fast.checkpoint import CheckpointError as ModelError
 from vat_fast.config import ConfigError
 from vat_fast.train.checkpoints import CheckpointError
 from vat_fast.train.data.episode import DataError
+from vat_fast.train.host_memory import keep_freed_memory
 
 STOPPED = 75
 """Exit status of a run that was asked to stop and saved itself: "try again" (EX_TEMPFAIL)."""
@@ -69,6 +70,7 @@ def start(threads: int | None = None) -> Iterator[Place]:
         _die_with_parent()
     if place.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        keep_freed_memory()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", place.world_size))
         torch.set_num_threads(threads or max(1, cores // ranks_here))

@@ -20,7 +20,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(prog="train/main.py", description="Train a VAT.")
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML, see train/configs")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="change one key; may be repeated"
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="change keys; may be repeated",
     )
     parser.add_argument(
         "--resume",

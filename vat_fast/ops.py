@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vat_fast import cpu_attention
 from vat_fast.config import Gelu
 
 Backend = Literal["auto", "torch", "triton"]
@@ -33,16 +34,6 @@ class MLPWeights(NamedTuple):
     """(D, F)"""
     fc2_bias: Tensor
     """(D,)"""
-
-
-def attention(q_BHTd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, scale: float) -> Tensor:
-    """softmax(scale * q k^T) v, (B, H, T, d)."""
-    if q_BHTd.requires_grad and q_BHTd.dtype == torch.bfloat16 and q_BHTd.device.type == "cpu":
-        # PyTorch's fused attention has a backward for CPUs that takes four times as long in bfloat16 as these three.
-        q, k, v = (x.flatten(0, 1) for x in (q_BHTd, k_BHSd, v_BHSd))
-        logits = torch.baddbmm(q.new_empty(1), q, k.transpose(1, 2), beta=0, alpha=scale)
-        return torch.bmm(logits.softmax(-1), v).unflatten(0, q_BHTd.shape[:2])
-    return F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, scale=scale)
 
 
 class TorchOps:
@@ -67,9 +58,11 @@ class TorchOps:
     @staticmethod
     def vision_attention(qkv_NP3D: Tensor, num_heads: int, scale: float) -> Tensor:
         """Self-attention within each of N views from a packed q|k|v projection; (N, P, D)."""
+        if cpu_attention.serves(qkv_NP3D):
+            return cpu_attention.vision_attention(qkv_NP3D, num_heads, scale)
         N, P, width3 = qkv_NP3D.shape
         q, k, v = qkv_NP3D.view(N, P, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
-        out = attention(q, k, v, scale)
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
         return out.transpose(1, 2).reshape(N, P, width3 // 3)
 
     @staticmethod
@@ -86,6 +79,8 @@ class TorchOps:
         Returns:
             (B, T, D) and, where asked for, the attention map (B, H, T, E + S), else None.
         """
+        if not need_map and cpu_attention.serves(q_BTD):
+            return cpu_attention.cross_attention(q_BTD, kv_vision_BS2D, num_heads, scale, kv_extra_BE2D), None
         B, T, D = q_BTD.shape
         q = q_BTD.view(B, T, num_heads, -1).transpose(1, 2)
         kv = kv_vision_BS2D if kv_extra_BE2D is None else torch.cat([kv_extra_BE2D, kv_vision_BS2D], dim=1)
@@ -93,7 +88,8 @@ class TorchOps:
         if need_map:
             map_BHTS = ((q * scale) @ k.transpose(-1, -2)).softmax(-1)
             return (map_BHTS @ v).transpose(1, 2).reshape(B, T, D), map_BHTS
-        return attention(q, k, v, scale).transpose(1, 2).reshape(B, T, D), None
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        return out.transpose(1, 2).reshape(B, T, D), None
 
     @classmethod
     def action_mlp(

@@ -117,9 +117,9 @@ def test_data_that_do_not_fit_the_model_are_named(tmp_path: Path, place: Place) 
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--config", "a.yaml", "--set", "train.lr=1", "--set", "seed=2", "--local_rank=1"]
+    arguments = ["--config", "a.yaml", "--set", "train.lr=1", "seed=2", "--set", "a.b=3", "--local_rank=1"]
     args = parse_arguments(arguments)
-    assert (args.config, args.set, args.resume) == (Path("a.yaml"), ["train.lr=1", "seed=2"], "auto")
+    assert (args.config, args.set, args.resume) == (Path("a.yaml"), ["train.lr=1", "seed=2", "a.b=3"], "auto")
     path = tmp_path / "c.yaml"
     path.write_text("output: runs/x\ntrain: {stepps: 3}\n")
     assert main(["--config", str(path)]) == 2

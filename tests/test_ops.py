@@ -8,7 +8,6 @@ import torch
 from benchmarks.variants import random_batch, randomise, small_config
 from vat_fast import VAT
 from vat_fast import model as model_module
-from vat_fast import ops as ops_module
 from vat_fast.ops import Choice, TorchOps, TritonOps, choose
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -122,7 +121,11 @@ def test_bfloat16_attention_on_cpus_is_as_exact_as_plain_operators(extra: int | 
     """Training in bf16 on a CPU takes products of its own, forward and backward, instead of PyTorch's attention."""
     torch.manual_seed(0)
     H, scale = 3, 0.3
-    wide = {"qkv": torch.randn(3, 37, 3 * H * 16), "q": torch.randn(2, 11, H * 16), "kv": torch.randn(2, 29, 2 * H * 16)}
+    wide = {
+        "qkv": torch.randn(3, 37, 3 * H * 16),
+        "q": torch.randn(2, 11, H * 16),
+        "kv": torch.randn(2, 29, 2 * H * 16),
+    }
     if extra:
         wide["extra"] = torch.randn(2, extra, 2 * H * 16)
     upstream = torch.randn(3, 37, H * 16), torch.randn(2, 11, H * 16)
@@ -147,7 +150,9 @@ def test_bfloat16_attention_on_cpus_is_as_exact_as_plain_operators(extra: int | 
         inputs = {name: x.to(dtype, copy=True).requires_grad_() for name, x in wide.items()}
         outputs = model(inputs)
         torch.autograd.backward(outputs, [g.to(dtype) for g in upstream])
-        return {"vision": outputs[0], "cross": outputs[1]} | {n: x.grad for n, x in inputs.items() if x.grad is not None}
+        return {"vision": outputs[0], "cross": outputs[1]} | {
+            n: x.grad for n, x in inputs.items() if x.grad is not None
+        }
 
     exact, eager, fused = run(torch.float64, theirs), run(torch.bfloat16, theirs), run(torch.bfloat16, ours)
     assert exact.keys() == fused.keys() == {"vision", "cross", *wide}

@@ -27,4 +27,5 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):
         return False
     values = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, _TOP_PAD))
-    return all([mallopt(name, value) == 1 for name, value in values])
+    taken = [mallopt(name, value) == 1 for name, value in values]
+    return all(taken)

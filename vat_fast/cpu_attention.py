@@ -1,8 +1,9 @@
 """Attention for bf16 training on CPUs, as matrix products over the heads, from packed projections to packed gradients.
 
-PyTorch's fused attention has a backward for CPUs that takes four times as long in bfloat16 as its five products. Written
-with autograd's operators these cost as much again in copies: of query, key and value one by one, and of their gradients
-when `permute` and `unbind` are undone. Here each packed tensor is copied once, heads first, and its gradient once back.
+PyTorch's fused attention has a backward for CPUs that takes four times as long in bfloat16 as its five products.
+Written with autograd's operators these cost as much again in copies: of query, key and value one by one, and of their
+gradients when `permute` and `unbind` are undone. Here each packed tensor is copied once, heads first, and its gradient
+once back.
 
     P = softmax(s Q K^T), O = P V;   dV = P^T dO, dP = dO V^T, dS = P * (dP - sum(dP * P)), dQ = s dS K, dK = s dS^T Q
 """

@@ -40,15 +40,16 @@ def test_a_policy_starts_from_the_shipped_eyes() -> None:
     assert (CHECKPOINTS / "eyes" / VISION_FILE).is_file()
 
 
-def test_recorded_episodes_end_as_recorded(simulator: None) -> None:
-    """The shortest success among moved episodes, run anew."""
-    folder = RESULTS / "object" / "policy_moved"
+@pytest.mark.parametrize("suite", sorted(p.name.removeprefix("libero_") for p in CHECKPOINTS.glob("libero_*")))
+def test_recorded_episodes_end_as_recorded(simulator: None, suite: str) -> None:
+    """The shortest success among the recorded episodes of every shipped policy, run anew."""
+    folder = next(p for name in ("policy_moved", "policy_standard") if (p := RESULTS / suite / name).is_dir())
     kept = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
     lines = (folder / "episodes.jsonl").read_text(encoding="utf-8").splitlines()
     episodes = [json.loads(line) for line in lines]
     quick = min((e for e in episodes if e["success"]), key=lambda e: e["steps"])
     settings = libero_settings(
-        "object",
+        suite,
         [quick["task"]],
         init_states=[quick["init_state"]],
         seed=quick["seed"],
@@ -57,7 +58,17 @@ def test_recorded_episodes_end_as_recorded(simulator: None) -> None:
         replan_every=kept["replan_every"],
         displace_cm=kept["displace_cm"],
     )
-    result = evaluate_libero(Policy.from_pretrained(CHECKPOINTS / "libero_object"), settings, processes=1)
+    result = evaluate_libero(Policy.from_pretrained(CHECKPOINTS / f"libero_{suite}"), settings, processes=1)
     assert [record.success for record in result.records] == [True]
     # Other processors round otherwise in the last bits, and contact makes more of it.
     assert abs(result.records[0].steps - quick["steps"]) <= 10
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*/*/result.json")), ids=lambda f: "/".join(f.parts[-3:-1]))
+def test_results_count_the_episodes_beside_them(file: Path) -> None:
+    result = json.loads(file.read_text(encoding="utf-8"))
+    lines = (file.parent / "episodes.jsonl").read_text(encoding="utf-8").splitlines()
+    episodes = [json.loads(line) for line in lines]
+    for task in result["tasks"]:
+        mine = [e for e in episodes if task["name"] in ("all tasks", e["task_name"])]
+        assert (task["episodes"], task["successes"]) == (len(mine), sum(e["success"] for e in mine)), task["name"]

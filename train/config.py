@@ -35,6 +35,7 @@ from vat_fast.train.data.loader import AugmentOn
 
 Precision = Literal["fp32", "autocast", "bf16"]
 Offload = Literal["none", "optimizer", "all"]
+StatisticsOf = Literal["own", "first"]
 _STRICT = ConfigDict(extra="forbid", strict=True)
 
 
@@ -65,6 +66,8 @@ class DataSection:
     packed: where sources are packed to, one folder each; None: `data` in the run's folder.
     pack: options of packing, the fields of `PackOptions`.
     weights: share of each path in the mixture; None: every sample once per epoch.
+    statistics: what normalises: "own" of each path, as the authors have it for mixtures of robots; "first": those of
+        the first path for all, for demonstrations of one robot that came in several rounds.
     cameras: of the views, in the model's order; None: the dataset's first `num_views`.
     holdout: fraction of the episodes kept for validation, chosen by `seed`.
     workers: loader processes per rank; 0 makes batches in the training process.
@@ -82,6 +85,7 @@ class DataSection:
     packed: str | None = None
     pack: dict[str, Any] = field(default_factory=dict)
     weights: list[float] | None = None
+    statistics: StatisticsOf = "own"
     cameras: list[str] | None = None
     holdout: float = 0.02
     workers: int = 4

@@ -33,7 +33,7 @@ class RunData:
     train: endless batches of this rank.
     validation: dataset name -> its held-out episodes, each sample once, with the images a policy sees.
     policy: of the exported policy.
-    statistics: dataset name -> its statistics; the first are what the exported policy acts with.
+    statistics: dataset name -> its statistics, where they normalise; the first are what the exported policy acts with.
     """
 
     train: DemonstrationLoader
@@ -85,9 +85,11 @@ def open_data(config: Config, model: VATConfig, paths: Sequence[Path], rank: int
     validation: dict[str, Samples] = {}
     for data in datasets:
         out = held_out([entry.name for entry in data.episodes], d.holdout, config.seed)
-        training.append(Samples(data, model.chunk_size, cameras, ~out))
+        statistics = data.statistics if d.statistics == "own" else datasets[0].statistics
+        training.append(Samples(data, model.chunk_size, cameras, ~out, statistics))
         if out.any() and config.validate.every is not None:
-            validation[data.name] = thinned(Samples(data, model.chunk_size, cameras, out), config.validate.samples)
+            held = Samples(data, model.chunk_size, cameras, out, statistics)
+            validation[data.name] = thinned(held, config.validate.samples)
     common: dict[str, Any] = {
         "image_size": model.image_size,
         "seed": config.seed,
@@ -110,12 +112,13 @@ def open_data(config: Config, model: VATConfig, paths: Sequence[Path], rank: int
     size = config.validate.batch or config.micro_batch
     # Workers of its own only while it runs; one is enough to keep up without augmentation.
     common["workers"] = min(d.workers, 1)
-    held = {
+    loaders = {
         name: DemonstrationLoader([samples], size, shuffle=False, drop_last=False, **common)
         for name, samples in validation.items()
     }
     policy = policy_config(config, model, datasets, cameras)
-    return RunData(train, held, policy, {data.name: data.statistics for data in datasets})
+    used = datasets if d.statistics == "own" else datasets[:1]
+    return RunData(train, loaders, policy, {data.name: data.statistics for data in used})
 
 
 def thinned(samples: Samples, most: int | None) -> Samples:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -173,3 +174,22 @@ def test_recomputing_keeps_less() -> None:
         return sum(storages.values())
 
     assert kept(True) < 0.6 * kept(False)
+
+
+def test_rounds_of_one_robot_may_share_statistics(demonstrations: Path, tmp_path: Path) -> None:
+    synthetic = {"demos": 4, "steps": 12, "image_size": 32, "seed": 9}
+    second = prepare_paths(make_config(tmp_path, {}, synthetic=synthetic, pack={"name": "two"}), is_first=True)[0]
+    paths = [demonstrations, second]
+
+    def opened(statistics: str) -> RunData:
+        config = make_config(tmp_path, {}, paths=[str(p) for p in paths], statistics=statistics)
+        return open_data(config, build_model(config).config, paths, 0, 1)
+
+    own, first = opened("own"), opened("first")
+    assert list(own.statistics) == [s.dataset.name for s in own.train.samples]
+    assert list(first.statistics) == list(own.statistics)[:1]
+    raw = np.asarray(first.train.samples[1].dataset.actions)
+    scale = first.train.samples[0].dataset.statistics.action
+    shared = first.train.samples[1].actions(np.arange(3))
+    np.testing.assert_allclose(shared[:, 0, :6], scale.normalize(raw)[first.train.samples[1].steps[:3], :6], atol=1e-6)
+    assert np.abs(shared - own.train.samples[1].actions(np.arange(3))).max() > 1e-3

@@ -33,13 +33,17 @@ class RunData:
     train: endless batches of this rank.
     validation: dataset name -> its held-out episodes, each sample once, with the images a policy sees.
     policy: of the exported policy.
-    statistics: dataset name -> its statistics, where they normalise; the first are what the exported policy acts with.
+    statistics: dataset name -> what normalises it; the first are what the exported policy acts with.
     """
 
     train: DemonstrationLoader
     validation: dict[str, DemonstrationLoader]
     policy: PolicyConfig
     statistics: dict[str, Statistics]
+
+    def distinct_statistics(self) -> list[Statistics]:
+        """Each once, also where several datasets share them."""
+        return list({statistics.key: statistics for statistics in self.statistics.values()}.values())
 
 
 def prepare_paths(config: Config, is_first: bool, poll_seconds: float = 1.0) -> list[Path]:
@@ -117,8 +121,7 @@ def open_data(config: Config, model: VATConfig, paths: Sequence[Path], rank: int
         for name, samples in validation.items()
     }
     policy = policy_config(config, model, datasets, cameras)
-    used = datasets if d.statistics == "own" else datasets[:1]
-    return RunData(train, loaders, policy, {data.name: data.statistics for data in used})
+    return RunData(train, loaders, policy, {part.dataset.name: part.statistics for part in training})
 
 
 def thinned(samples: Samples, most: int | None) -> Samples:

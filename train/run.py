@@ -181,7 +181,7 @@ class Run:
         vat, lora = self.trainer.vat, self.config.train.lora
         with contextlib.nullcontext() if self.ema is None else self.ema.applied():
             weights = full_state(vat, masters=self.ema is None)
-        statistics = list(self.data.statistics.values())
+        statistics = self.data.distinct_statistics()
         return make_policy(
             weights, vat.config, self.data.policy, statistics, None if lora is None else LoRAOptions.from_dict(lora)
         )
@@ -191,7 +191,7 @@ class Run:
         policy, k = self.policy(), self.config.checkpoint
         if not self.is_main:
             return
-        statistics = list(self.data.statistics.values())
+        statistics = self.data.distinct_statistics()
         if k.export:
             folder = self.folder / "policy"
             write_policy(policy, statistics, folder)
@@ -241,7 +241,7 @@ class Run:
         write_text(self.folder / CONFIG_FILE, self.config.to_yaml())
         write_text(self.folder / MODEL_CONFIG_FILE, self.trainer.vat.config.to_json())
         self.data.policy.save(self.folder / POLICY_FILE)
-        save_statistics(self.folder / STATISTICS_FILE, self.data.statistics.values())
+        save_statistics(self.folder / STATISTICS_FILE, self.data.distinct_statistics())
 
     def _describe(self, begin: Path | None) -> None:
         """Say what is going to happen."""

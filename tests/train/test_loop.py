@@ -187,7 +187,8 @@ def test_rounds_of_one_robot_may_share_statistics(demonstrations: Path, tmp_path
 
     own, first = opened("own"), opened("first")
     assert list(own.statistics) == [s.dataset.name for s in own.train.samples]
-    assert list(first.statistics) == list(own.statistics)[:1]
+    assert list(first.statistics) == list(own.statistics)
+    assert (len(first.distinct_statistics()), len(own.distinct_statistics())) == (1, 2)
     raw = np.asarray(first.train.samples[1].dataset.actions)
     scale = first.train.samples[0].dataset.statistics.action
     shared = first.train.samples[1].actions(np.arange(3))

@@ -13,6 +13,7 @@ from vat_fast.policy import Policy
 from vat_fast.train import launch
 from vat_fast.train.adapters import LoRAOptions
 from vat_fast.train.config import Config, config_from_dict, load_config
+from vat_fast.train.datasets import prepare_paths
 from vat_fast.train.estimate import training_flops
 from vat_fast.train.launch import Place
 from vat_fast.train.log import read_log
@@ -73,6 +74,18 @@ def test_a_run_leaves_a_policy_that_acts(
     actions = policy.act(dict.fromkeys(policy.config.cameras, image), "touch the red disc")
     assert actions.shape == (8, 7)
     assert set(np.unique(actions[:, -1])) <= {-1.0, 1.0}
+
+
+def test_two_rounds_share_statistics_through_a_whole_run(tmp_path: Path, place: Place) -> None:
+    first, second = make_config(tmp_path, "one").to_dict(), make_config(tmp_path, "two").to_dict()
+    second["data"] |= {"paths": [str(tmp_path / "more")], "synthetic": {**second["data"]["synthetic"], "seed": 5}}
+    paths = [str(prepare_paths(config_from_dict(values), is_first=True)[0]) for values in (first, second)]
+    first["data"] |= {"paths": paths, "synthetic": None, "statistics": "first"}
+    assert Run(config_from_dict(first), place).train() == 0
+    for name in ("demos", "more"):
+        assert [r["step"] for r in read_log(tmp_path / "one" / "log.jsonl", f"validation {name}")] == [3, 6]
+    policy = Policy.from_pretrained(tmp_path / "one" / "policy")
+    assert policy.config.statistics_key == "demos"
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ once back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,17 +41,18 @@ class _SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv_NP3D: Tensor, num_heads: int, scale: float) -> Tensor:
         qkv = _heads_first(qkv_NP3D, 3, num_heads)
-        out, weights = _forward(*qkv, scale)
+        q, k, v = qkv.unbind()
+        out, weights = _forward(q, k, v, scale)
         ctx.save_for_backward(qkv, weights)
         ctx.num_heads, ctx.scale = num_heads, scale
         return _tokens_first(out[None], num_heads)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_NPD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_NPD: Tensor) -> tuple[Tensor | None, ...]:
         qkv, weights = ctx.saved_tensors
         grads = torch.empty_like(qkv)
-        _backward(_heads_first(grad_NPD, 1, ctx.num_heads)[0], *qkv, weights, ctx.scale, *grads)
+        _backward(_heads_first(grad_NPD, 1, ctx.num_heads)[0], qkv.unbind(), weights, ctx.scale, grads.unbind())
         return _tokens_first(grads, ctx.num_heads), None, None
 
 
@@ -62,17 +64,19 @@ class _CrossAttention(torch.autograd.Function):
         q = _heads_first(q_BTD, 1, num_heads)[0]
         ctx.num_extra = 0 if extra_BE2D is None else extra_BE2D.shape[1]
         kv = _heads_first(kv_BS2D if extra_BE2D is None else torch.cat([extra_BE2D, kv_BS2D], dim=1), 2, num_heads)
-        out, weights = _forward(q, *kv, scale)
+        k, v = kv.unbind()
+        out, weights = _forward(q, k, v, scale)
         ctx.save_for_backward(q, kv, weights)
         ctx.num_heads, ctx.scale = num_heads, scale
         return _tokens_first(out[None], num_heads)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor | None, ...]:
         q, kv, weights = ctx.saved_tensors
         grad_q, grad_kv = torch.empty_like(q), torch.empty_like(kv)
-        _backward(_heads_first(grad_BTD, 1, ctx.num_heads)[0], q, *kv, weights, ctx.scale, grad_q, *grad_kv)
+        grad = _heads_first(grad_BTD, 1, ctx.num_heads)[0]
+        _backward(grad, (q, *kv.unbind()), weights, ctx.scale, (grad_q, *grad_kv.unbind()))
         packed, E = _tokens_first(grad_kv, ctx.num_heads), ctx.num_extra
         extra = packed[:, :E] if E else None
         return _tokens_first(grad_q[None], ctx.num_heads), packed[:, E:], extra, None, None
@@ -96,18 +100,9 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     return torch.bmm(weights, v), weights
 
 
-def _backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weights: Tensor,
-    scale: float,
-    grad_q: Tensor,
-    grad_k: Tensor,
-    grad_v: Tensor,
-) -> None:
-    """Write the gradients of query, key and value, given the output's."""
+def _backward(grad: Tensor, qkv: Sequence[Tensor], weights: Tensor, scale: float, grads: Sequence[Tensor]) -> None:
+    """Write the gradients of query, key and value into `grads`, given the output's."""
+    (q, k, v), (grad_q, grad_k, grad_v) = qkv, grads
     torch.bmm(weights.transpose(1, 2), grad, out=grad_v)
     grad_weights = torch.bmm(grad, v.transpose(1, 2))
     grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)

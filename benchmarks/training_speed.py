@@ -293,7 +293,7 @@ def main() -> None:
         low, high = row["ratio_p10_p90"]
         print(f"{row['what']:50} {row['samples_per_s']:7.1f} samples/s  {row['ratio']:.2f}x ({low:.2f} to {high:.2f})")
     result = {
-        "command": "python -m benchmarks.training_speed",
+        "command": " ".join(["python -m benchmarks.training_speed", *sys.argv[1:]]),
         "model": "vit-tiny, 224 pixels, 2 views, bf16 autocast",
         "global_batch": GLOBAL_BATCH,
         "rounds": options.rounds,

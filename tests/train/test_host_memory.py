@@ -34,5 +34,6 @@ def test_a_second_step_faults_no_pages_in() -> None:
     kept = faults("keep")
     if kept < 0:
         pytest.skip("no glibc here")
-    # Five steps of 128 MiB are 163,840 pages of 4 KiB.
-    assert kept < 2000 < faults("default")
+    # Five steps of 128 MiB are 163,840 pages of 4 KiB, or 320 where the system gives huge pages unasked.
+    default = faults("default")
+    assert kept < default / 5, (kept, default)

@@ -15,9 +15,11 @@ from vat_fast.config import ConfigError
 from vat_fast.rollout.blind import BlindConfig, BlindPolicy
 from vat_fast.rollout.drivers import Driver
 from vat_fast.rollout.records import EpisodeKey
+from vat_fast.rollout.settings import EvaluationSettings
 from vat_fast.tasks import TaskError, TaskTable
 
 TASKS = TaskTable({name: index for index, name in enumerate(NAMES)})
+SETTINGS = EvaluationSettings("toy", (0,), max_steps=10)
 STATISTICS = Statistics("toy", statistics(7, True, 0), statistics(8, False, 1))
 
 
@@ -45,11 +47,11 @@ def test_it_reads_state_and_task_and_no_image() -> None:
 
 def test_execution_follows_its_configuration() -> None:
     chunk = np.zeros((4, 7), np.float32)
-    assert Driver(make(), EpisodeKey(0, 0), 7).actions(chunk).shape == (4, 7)
-    assert Driver(make(replan_every=2), EpisodeKey(0, 0), 7).actions(chunk).shape == (2, 7)
-    assert Driver(make(temporal_ensembling=0.1), EpisodeKey(0, 0), 7).actions(chunk).shape == (1, 7)
+    assert Driver(make(), EpisodeKey(0, 0), SETTINGS).actions(chunk).shape == (4, 7)
+    assert Driver(make(replan_every=2), EpisodeKey(0, 0), SETTINGS).actions(chunk).shape == (2, 7)
+    assert Driver(make(temporal_ensembling=0.1), EpisodeKey(0, 0), SETTINGS).actions(chunk).shape == (1, 7)
     # Model output 0 in the last dimension is "closed", +1 for the robot.
-    assert (Driver(make(), EpisodeKey(0, 0), 7).actions(chunk)[:, -1] == 1).all()
+    assert (Driver(make(), EpisodeKey(0, 0), SETTINGS).actions(chunk)[:, -1] == 1).all()
 
 
 def test_it_learns_a_batch() -> None:

@@ -101,6 +101,17 @@ def test_replanning_can_be_set_for_an_evaluation() -> None:
     assert len(given.records[0].predict_ms) == 6  # looks before steps 0, 2, 4, 6, 8, 10
 
 
+def test_ensembling_can_be_set_for_an_evaluation() -> None:
+    settings = dataclasses.replace(SETTINGS, tasks=(1,), init_states=(5,), max_steps=11)
+    own = run(make_policy(NAMES, replan_every=2, temporal_ensembling=0.3), settings)
+    plain = run(make_policy(NAMES, replan_every=2), settings)
+    assert outcomes(own) != outcomes(plain)
+    given = dataclasses.replace(settings, replan_every=2, temporal_ensembling=0.3)
+    assert outcomes(run(make_policy(NAMES), given)) == outcomes(own)
+    off = dataclasses.replace(settings, temporal_ensembling="none")
+    assert outcomes(run(make_policy(NAMES, replan_every=2, temporal_ensembling=0.3), off)) == outcomes(plain)
+
+
 def test_batched_predictions_agree_but_for_rounding(tmp_path: Path) -> None:
     alone = run(folder=tmp_path / "alone")
     together = run(settings=dataclasses.replace(SETTINGS, batched=True), processes=3, folder=tmp_path / "together")
@@ -242,6 +253,8 @@ def test_what_cannot_be_is_said_before_or_at_once() -> None:
         ("max_steps", 0, "at least 1, got 0"),
         ("seed", -1, "at least 0, got -1"),
         ("replan_every", 0, "at least 1, or None"),
+        ("temporal_ensembling", -0.5, "at least 0, 'none', or None"),
+        ("temporal_ensembling", "some", "at least 0, 'none', or None"),
         ("render", "nice", "official or fast, got 'nice'"),
         ("displace_cm", -1.0, "centimetres"),
     ],

@@ -56,6 +56,7 @@ def test_recorded_episodes_end_as_recorded(simulator: None, suite: str) -> None:
         image_size=kept["image_size"],
         render=kept["render"],
         replan_every=kept["replan_every"],
+        temporal_ensembling=kept.get("temporal_ensembling"),
         displace_cm=kept["displace_cm"],
     )
     result = evaluate_libero(Policy.from_pretrained(CHECKPOINTS / f"libero_{suite}"), settings, processes=1)

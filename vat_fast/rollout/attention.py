@@ -129,7 +129,7 @@ def watch_episode(
     vat = WatchedVAT(policy.vat)
     watched = Policy(vat, policy.config, policy.statistics, device=policy.device, dtype=policy.dtype)
     episode = Episode(scene, key, settings)
-    driver = Driver(watched, key, settings.seed, settings.replan_every)
+    driver = Driver(watched, key, settings)
     moments: list[Moment] = []
     step = 0
     while not episode.over:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from vat_fast.rollout.eval_cli import image_options, load_vat, parse_indices
+from vat_fast.rollout.eval_cli import ENSEMBLING_HELP, image_options, load_vat, parse_ensembling, parse_indices
 
 Commands = argparse._SubParsersAction  # the type argparse gives `add_subparsers`, which has no public name
 
@@ -32,6 +32,7 @@ def add_command(commands: Commands) -> None:
     )
     p.add_argument("--moments", type=int, default=8, help="looks to show, evenly spread (default 8)")
     p.add_argument("--replan-every", type=int, metavar="K", help="execute only K actions of each chunk")
+    p.add_argument("--temporal-ensembling", type=parse_ensembling, metavar="M", help=ENSEMBLING_HELP)
     p.add_argument("--render", choices=("official", "fast"), help="default: as the policy says, else official")
     p.add_argument("--size", type=int, help="side of the camera images in pixels (default: the policy's, else 256)")
     p.add_argument("--max-steps", type=int, help="step limit (default: the authors' for the suite)")
@@ -64,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
         image_size=size,
         render=render,
         replan_every=args.replan_every,
+        temporal_ensembling=args.temporal_ensembling,
         displace_cm=args.displace,
     )
     names = task_names(settings.suite)

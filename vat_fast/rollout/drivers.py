@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from vat_fast.chunks import ChunkExecutor
 from vat_fast.rollout.episode import Script
 from vat_fast.rollout.records import EpisodeKey
+from vat_fast.rollout.settings import EvaluationSettings
 
 
 class ExecutionConfig(Protocol):
@@ -82,17 +83,17 @@ class Driver:
     Args:
         policy: shared by all episodes.
         key: which episode.
-        seed: of the evaluation; with the episode it decides the noise, whatever other episodes do.
-        replan_every: instead of the policy's own; None leaves that.
+        settings: its seed, which with the episode decides the noise, whatever other episodes do; and how chunks are
+            executed, where that is not left to the policy.
     """
 
-    def __init__(self, policy: ChunkPolicy, key: EpisodeKey, seed: int, replan_every: int | None = None) -> None:
-        if replan_every is None:
-            self._executor = policy.new_executor()
-        else:
-            self._executor = ChunkExecutor(policy.chunk_size, replan_every, policy.config.temporal_ensembling)
+    def __init__(self, policy: ChunkPolicy, key: EpisodeKey, settings: EvaluationSettings) -> None:
+        own = policy.new_executor()
+        every = own.replan_every if settings.replan_every is None else settings.replan_every
+        m = own.ensemble if settings.temporal_ensembling is None else settings.temporal_ensembling
+        self._executor = ChunkExecutor(policy.chunk_size, every, None if m == "none" else m)
         self._policy = policy
-        self.generator = torch.Generator(policy.device).manual_seed(noise_seed(key, seed))
+        self.generator = torch.Generator(policy.device).manual_seed(noise_seed(key, settings.seed))
 
     def actions(self, chunk: NDArray[np.float32]) -> NDArray[np.float32]:
         """Robot actions (k, A) until the next look, from the chunk (C, A) that this look predicted."""

@@ -7,7 +7,7 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from vat_fast.rollout.settings import OFFICIAL_INIT_STATES, EvaluationSettings
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Commands = argparse._SubParsersAction  # the type argparse gives `add_subparsers`, which has no public name
 EXPERT = "expert"
+ENSEMBLING_HELP = "average the chunks that reach a step with weights exp(-M * i), or none (default: as the policy says)"
 _CALIBRATION_SAMPLES = 32
 
 
@@ -40,6 +41,7 @@ def add_command(commands: Commands) -> None:
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="episodes.jsonl, result.json, report.html")
     p.add_argument("--processes", type=int, default=2, help="simulators side by side (default 2)")
     p.add_argument("--replan-every", type=int, metavar="K", help="execute only K actions of each chunk")
+    p.add_argument("--temporal-ensembling", type=parse_ensembling, metavar="M", help=ENSEMBLING_HELP)
     p.add_argument("--displace", type=float, default=0.0, metavar="CM", help="move what the task is about")
     p.add_argument("--render", choices=("official", "fast"), help="default: as the policy says, else official")
     p.add_argument("--size", type=int, help="side of the camera images in pixels (default: the policy's, else 256)")
@@ -82,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         image_size=size,
         render=render,
         replan_every=args.replan_every,
+        temporal_ensembling=args.temporal_ensembling,
         displace_cm=args.displace,
         batched=args.batched,
     )
@@ -112,6 +115,11 @@ def run(args: argparse.Namespace) -> int:
         write_reports(args.out, result, facts, title=title, videos=videos, baseline=baseline)
     print(page)
     return 1 if result.unfinished else 0
+
+
+def parse_ensembling(text: str) -> float | Literal["none"]:
+    """ "none", or the m of temporal ensembling; `EvaluationSettings` says which can be."""
+    return "none" if text == "none" else float(text)
 
 
 def parse_indices(text: str) -> tuple[int, ...]:

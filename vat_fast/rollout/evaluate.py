@@ -204,7 +204,7 @@ class _Run:
         scripted = isinstance(self.policy, ScriptedPolicy)
         driver = None
         if not isinstance(self.policy, ScriptedPolicy):
-            driver = Driver(self.policy, key, self.settings.seed, self.settings.replan_every)
+            driver = Driver(self.policy, key, self.settings)
         self._playing[slot] = _Playing(key, driver)
         pool.send(slot, Begin(key, scripted))
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vat_fast.rollout.records import EpisodeKey
 
@@ -31,6 +32,8 @@ class EvaluationSettings:
     image_size: side of the camera images, in pixels.
     render: "official", or "fast", for policies that were trained on images rendered so.
     replan_every: execute only so many actions of each chunk; None: what the policy's configuration says.
+    temporal_ensembling: m of `ChunkExecutor`'s weights exp(-m * i) instead of the policy's; "none" for no
+        ensembling, None: what the policy's configuration says.
     displace_cm: move the objects up to so many centimetres from where the initial state has them.
     batched: predict for all robots that wait in one forward pass. Faster on a GPU, but the last bits of a
         prediction then depend on which robots happened to wait together.
@@ -48,6 +51,7 @@ class EvaluationSettings:
     image_size: int = 256
     render: str = "official"
     replan_every: int | None = None
+    temporal_ensembling: float | Literal["none"] | None = None
     displace_cm: float = 0.0
     batched: bool = False
 
@@ -61,6 +65,9 @@ class EvaluationSettings:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if self.replan_every is not None and self.replan_every < 1:
             raise ValueError(f"replan_every must be at least 1, or None, got {self.replan_every!r}")
+        m = self.temporal_ensembling
+        if m is not None and m != "none" and (isinstance(m, str) or not (math.isfinite(m) and m >= 0)):
+            raise ValueError(f"temporal_ensembling must be a number of at least 0, 'none', or None, got {m!r}")
         if self.render not in ("official", "fast"):
             raise ValueError(f"render must be official or fast, got {self.render!r}")
         if not 0 <= self.displace_cm < 100:

@@ -33,7 +33,7 @@ from vat_fast.ops import Backend
 from vat_fast.train.adapters import LoRAOptions
 from vat_fast.train.data.loader import AugmentOn
 
-Precision = Literal["fp32", "autocast", "bf16"]
+Precision = Literal["fp32", "autocast", "bf16", "auto"]
 Offload = Literal["none", "optimizer", "all"]
 StatisticsOf = Literal["own", "first"]
 _STRICT = ConfigDict(extra="forbid", strict=True)
@@ -116,7 +116,8 @@ class TrainSection:
     vision_lr, action_lr: factors on the learning rate of the two streams.
     clip: largest norm of the whole gradient; null for no clipping.
     precision: "fp32"; "autocast": float32 parameters, products in bfloat16, the authors'; "bf16": bfloat16
-        parameters with a float32 copy in the optimiser.
+        parameters with a float32 copy in the optimiser; "auto": "autocast" where the device multiplies bfloat16
+        itself, else "fp32", which is faster there.
     recompute: activation checkpointing: less memory, a third more time.
     compile: torch.compile the model.
     ema: decay of the moving average of the weights, 0.999 for example; null for none.
@@ -262,8 +263,8 @@ class Config:
         """The fields as YAML, which `load_config` reads."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
-    def resolve(self, world_size: int) -> Config:
-        """The same run with every batch size decided for so many ranks.
+    def resolve(self, world_size: int, device: str = "cpu") -> Config:
+        """The same run with every batch size decided for so many ranks, and precision "auto" for their device.
 
         Raises:
             ConfigError: the batch sizes do not multiply to the global batch.
@@ -283,7 +284,12 @@ class Config:
                 f"train.global_batch {t.global_batch} must be micro_batch {micro} x accumulation {accumulation} x "
                 f"{world_size} ranks, which is {micro * accumulation * world_size}"
             )
-        train = dataclasses.replace(t, micro_batch=micro, accumulation=accumulation)
+        precision = t.precision
+        if precision == "auto":
+            from vat_fast.precision import multiplies_bfloat16
+
+            precision = "autocast" if multiplies_bfloat16(device) else "fp32"
+        train = dataclasses.replace(t, micro_batch=micro, accumulation=accumulation, precision=precision)
         return dataclasses.replace(self, train=train)
 
 

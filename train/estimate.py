@@ -26,6 +26,8 @@ from vat_fast.train.config import Offload, Precision
 
 Kind = Literal["gpu", "cpu"]
 
+_PRECISIONS = tuple(name for name in get_args(Precision) if name != "auto")
+
 _MESSAGE, _LIVE = 500_000_000, 1_000_000_000
 """Defaults of DeepSpeed: elements of a message at stage 0, and of parameters that stage 3 keeps gathered."""
 
@@ -66,7 +68,7 @@ class TrainingPlan:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         choices: tuple[tuple[str, tuple[Any, ...]], ...] = (
             ("zero", (0, 1, 2, 3)),
-            ("precision", get_args(Precision)),
+            ("precision", _PRECISIONS),
             ("offload", get_args(Offload)),
             ("kind", get_args(Kind)),
         )
@@ -309,7 +311,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--zero", type=int, default=1, choices=(0, 1, 2, 3), help="DeepSpeed's ZeRO stage (default 1)")
     parser.add_argument("--micro-batch", type=int, default=32, help="samples per rank and forward (default 32)")
     parser.add_argument("--accumulation", type=int, default=1, help="forwards per optimiser step (default 1)")
-    parser.add_argument("--precision", default="autocast", choices=get_args(Precision))
+    parser.add_argument("--precision", default="autocast", choices=_PRECISIONS)
     parser.add_argument("--recompute", action="store_true", help="activation checkpointing")
     parser.add_argument("--offload", default="none", choices=get_args(Offload))
     parser.add_argument("--lora", type=int, metavar="RANK", help="low-rank adapters on the vision stream")

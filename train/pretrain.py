@@ -31,6 +31,7 @@ from vat_fast.config import VATConfig
 from vat_fast.files import write_bytes, write_text
 from vat_fast.model import VAT
 from vat_fast.observation import IMAGENET_MEAN, IMAGENET_STD
+from vat_fast.precision import multiplies_bfloat16
 from vat_fast.rollout.conditions import conditions
 from vat_fast.train.data.frames import Frames, read_frames
 from vat_fast.train.locator import Labels, Locator, location_errors, locator_loss
@@ -123,7 +124,7 @@ def pretrain(settings: PretrainSettings, out: Path, *, progress: bool = True) ->
         for group in optimizer.param_groups:
             group["lr"] = rate
         images, labels = next(batches)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=multiplies_bfloat16(device)):
             where, how_far = forward(to_pixels(images.to(device)), *(part.to(device) for part in labels))
         (where + how_far).backward()
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
@@ -175,7 +176,7 @@ def held_out_errors(
     chosen = np.linspace(0, len(held) - 1, min(most, len(held))).astype(np.int64)
     for block in np.array_split(chosen, max(1, len(chosen) // 32)):
         labels = Labels(*(part.to(device) for part in held.labels(block)))
-        with torch.autocast(device.type, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=multiplies_bfloat16(device)):
             tokens = eyes.tokens(to_pixels(torch.from_numpy(held.images[block]).to(device)))
             for name, values in location_errors(eyes.locator, tokens, labels).items():
                 found.setdefault(name, []).append(values.cpu())

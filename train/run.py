@@ -51,9 +51,13 @@ class Run:
     """
 
     def __init__(self, config: Config, place: launch.Place, resume: str = "auto") -> None:
-        self.config = config = config.resolve(place.world_size)
+        asked = config.train.precision
+        self.config = config = config.resolve(place.world_size, place.device.type)
         self.place, self.is_main = place, place.rank == 0
         self.notes: list[str] = []
+        if asked == "auto":
+            does = "multiplies" if config.train.precision == "autocast" else "does not multiply"
+            self.notes.append(f"train.precision auto is {config.train.precision}: this device {does} bfloat16 itself")
         self.folder = Path(config.output)
         k, t = config.checkpoint, config.train
         self.checkpoints = Checkpoints(self.folder / CHECKPOINTS, k.keep_last, k.keep_every)

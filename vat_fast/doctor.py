@@ -9,6 +9,7 @@ import torch
 
 from vat_fast import __version__
 from vat_fast.ops import choose
+from vat_fast.precision import multiplies_bfloat16
 from vat_fast.rollout.install_check import simulator_report
 
 _OPTIONAL = {
@@ -28,12 +29,18 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _bfloat16() -> str:
+    if multiplies_bfloat16("cpu"):
+        return "multiplies bfloat16"
+    return "does not multiply bfloat16: fp32 and int8 are faster here"
+
+
 def report() -> str:
     """The report as text, one fact a line."""
     lines = [
         f"vat_fast {__version__}, Python {platform.python_version()}, torch {torch.__version__}",
         f"CPU: {platform.machine()}, {torch.get_num_threads()} threads, best instructions "
-        f"{torch.backends.cpu.get_cpu_capability()}",
+        f"{torch.backends.cpu.get_cpu_capability()}, {_bfloat16()}",
     ]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

@@ -88,7 +88,7 @@ MISTAKES = {
     "train.steps=1.5": "train.steps must be a valid integer, got 1.5",
     "train.steps=0": "train.steps must be at least 1",
     "train.epochs=3": "exactly one of train.steps and train.epochs must be given, got 10 and 3",
-    "train.precision=fp16": "train.precision must be 'fp32', 'autocast' or 'bf16', got 'fp16'",
+    "train.precision=fp16": "train.precision must be 'fp32', 'autocast', 'bf16' or 'auto', got 'fp16'",
     "train.recompute=1": "train.recompute must be a valid boolean, got 1",
     "train.clip=0": "train.clip must be above 0, or null for none, got 0",
     "train.lora={rnk: 4}": "unknown key train.lora.rnk",
@@ -169,6 +169,19 @@ def test_batch_sizes_multiply(
         return
     resolved = config.resolve(ranks)
     assert (resolved.micro_batch, resolved.accumulation) == expected
+
+
+@pytest.mark.parametrize(("there", "chosen"), [(True, "autocast"), (False, "fp32")])
+def test_automatic_precision_is_what_the_device_multiplies(
+    monkeypatch: pytest.MonkeyPatch, there: bool, chosen: str
+) -> None:
+    asked = []
+    monkeypatch.setattr("vat_fast.precision.multiplies_bfloat16", lambda device: asked.append(device) or there)
+    config = config_from_dict({**SMALL, "train": {"steps": 10, "precision": "auto"}})
+    assert config.resolve(1, "cuda").train.precision == chosen
+    assert asked == ["cuda"]
+    fixed = config_from_dict({**SMALL, "train": {"steps": 10, "precision": "bf16"}})
+    assert fixed.resolve(1).train.precision == "bf16"
 
 
 def test_every_field_is_documented() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from vat_fast.frozen.int8 import QuantisedLinear, quantise_weights
 from vat_fast.frozen.plan import Plan
 from vat_fast.frozen.target import Executor, Target
 from vat_fast.frozen.weights import materialise
+from vat_fast.precision import multiplies_bfloat16
 
 if TYPE_CHECKING:
     from vat_fast.model import VAT
@@ -32,6 +34,8 @@ def cpu_executor(dtype: str, width: int) -> Executor:
     Measured on 2 cores with AVX-512 (one sample, 2 views), times as fast as the eager reference in fp32: vit-tiny fp32
     OpenVINO 1.53, oneDNN 1.31; bf16 2.42, 1.90; so400m fp32 oneDNN 1.43, equal with OpenVINO on 4 of its layers, in a
     third of the memory; bf16 OpenVINO 2.72, oneDNN 2.59 in a third of the memory; int8 OpenVINO alone, 3.16 and 5.07.
+    On a processor that does not multiply bfloat16 (one core, vit-tiny: fp32 OpenVINO 47 ms, oneDNN 67) bf16 takes
+    oneDNN 212 ms, and OpenVINO, which computes it in float32 there, 48; int8 26.
     Without the package openvino: oneDNN; in fp16, which neither has on CPUs: PyTorch.
     """
     has_onednn = dtype in _PRECISIONS["onednn"] and torch.backends.mkldnn.is_available()
@@ -47,7 +51,10 @@ _WIDE = 1024
 
 
 def check_precision(target: Target) -> None:
-    """Raise a ValueError if the target's executor, one for CPUs, cannot compute in the target's precision."""
+    """Raise a ValueError if the target's executor, one for CPUs, cannot compute in the target's precision.
+
+    Warns where it can, but slower than in float32.
+    """
     able = _PRECISIONS[target.executor]
     if target.dtype not in able:
         hint = ""
@@ -57,6 +64,12 @@ def check_precision(target: Target) -> None:
         raise ValueError(f"the {target.executor} executor has no {target.dtype}, only {', '.join(able)}{hint}")
     if target.executor == "openvino" and find_spec("openvino") is None:
         raise ValueError('the openvino executor needs the package openvino: pip install openvino, or executor="onednn"')
+    if target.dtype == "bf16" and target.executor != "openvino" and not multiplies_bfloat16(_CPU):
+        warnings.warn(
+            f"this processor does not multiply bfloat16 itself, so the {target.executor} executor emulates it, several "
+            'times slower than dtype="fp32"; executor="openvino" computes bf16 weights in float32',
+            stacklevel=4,
+        )
 
 
 def bind_openvino(

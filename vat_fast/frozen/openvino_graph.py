@@ -176,7 +176,7 @@ class _Graph:
         y = op.add(op.matmul(x, weight, False, True), _constant(bias))
         if "activation" in step.options:
             y = _activate(y, step.options["activation"])
-        elif self.plan.dtype == "fp32":
+        elif self.plan.dtype == "fp32" and step.name not in self.quantised:
             # Plain float32 products go to a slower library; one with something to fuse goes to oneDNN.
             y = op.clamp(y, -_HUGE, _HUGE)
         if scale is not None:

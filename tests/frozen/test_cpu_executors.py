@@ -116,8 +116,12 @@ def test_without_bfloat16_products_openvino_computes_in_float32(monkeypatch: pyt
 def test_emulated_bfloat16_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     vat, _ = models(small_config("vit-tiny", "VAT"))
     monkeypatch.setattr("vat_fast.frozen.cpu.multiplies_bfloat16", lambda device: False)
+    monkeypatch.setattr("vat_fast.frozen.explain.multiplies_bfloat16", lambda device: False)
     with pytest.warns(UserWarning, match="does not multiply bfloat16 itself, so the onednn executor emulates it"):
-        vat.freeze(dtype="bf16", executor="onednn")
+        frozen = vat.freeze(dtype="bf16", executor="onednn")
+    assert "what is bf16 here is emulated, slower than fp32." in frozen.explain()
+    assert "what is bf16 here is computed in float32." in vat.freeze(dtype="bf16", executor="openvino").explain()
+    assert "bfloat16" not in vat.freeze(executor="openvino").explain()
 
 
 def test_choice_and_refusals() -> None:

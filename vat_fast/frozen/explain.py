@@ -14,6 +14,7 @@ from vat_fast.frozen.engine import make_plan
 from vat_fast.frozen.passes import PASSES, SCHEDULING, run_passes
 from vat_fast.frozen.plan import Plan
 from vat_fast.frozen.target import Target
+from vat_fast.precision import multiplies_bfloat16
 
 PURPOSE = {
     "split_streams": "vision and action steps in two streams, ordered by events",
@@ -183,6 +184,9 @@ def _notes(plan: Plan, target: Target, config: VATConfig) -> list[str]:
         notes.append(
             "The first action layer is computed at every step: proprioception or the diffusion timestep changes it."
         )
+    if target.executor in ("openvino", "onednn") and target.compute == "bf16" and not multiplies_bfloat16("cpu"):
+        how = "computed in float32" if target.executor == "openvino" else "emulated, slower than fp32"
+        notes.append(f"This processor does not multiply bfloat16 itself: what is bf16 here is {how}.")
     if target.executor == "triton":
         slow = sorted({s.op for s in plan.all_steps if backend(s.op, "triton", s.options) == "torch"})
         if slow:

@@ -80,7 +80,8 @@ def test_fused_operators_under_autocast(request: pytest.FixtureRequest) -> None:
             plain = vat(*inputs).float()
             request.getfixturevalue("fused")
             fused = vat(*inputs).float()
-    assert (fused - exact).norm() <= 1.5 * (plain - exact).norm()
+    # Where a processor emulates bfloat16, PyTorch rounds less often than the kernels, which round as on a GPU.
+    assert (fused - exact).norm() <= 2 * (plain - exact).norm()
     assert (plain - exact).norm() < 0.05 * exact.norm()
 
 

@@ -81,12 +81,16 @@ def test_the_sets_share_no_observation(policy: Policy, folder: Path) -> None:
     assert not seen & {sample["pixels"].numpy().tobytes() for sample in second}
 
 
-def test_made_observations_and_refusal(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+def test_made_observations_and_refusal(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     status, out, _ = run(capsys, folder / "policy", "--dtype", "fp32", "--samples", "4")
     assert status == 0
     assert "made pictures: fp32" in out
     assert "made pictures, outlier channels planted: fp32" in out
     assert out.count("accepted") == 2
+    # Also where float32 would be computed instead.
+    monkeypatch.setattr("vat_fast.frozen.openvino_executor.multiplies_bfloat16", lambda device: True)
     # Attention to huge scores jumps from key to key: no lossy precision can follow.
     vat = VAT.from_pretrained(folder / "policy")
     with torch.no_grad():

@@ -16,6 +16,7 @@ import torch
 
 from vat_fast.frozen.costs import gemm_shape, step_cost
 from vat_fast.frozen.plan import Plan
+from vat_fast.precision import multiplies_bfloat16
 
 SECONDS = 0.15
 """Per shape and library; weights alternate, so that they come from memory as in a forward."""
@@ -84,10 +85,10 @@ def floor_ms(plan: Plan, dtype: str) -> tuple[float, dict[str, float]]:
     """(milliseconds of all products of a plan at their measured rates, GFLOP/s by shape).
 
     Attention's products count at the best rate of any shape in the precision that they are computed in, which in an
-    int8 plan is bf16; norms, softmax and GELU count as nothing.
+    int8 plan is bf16, or fp32 where the processor does not multiply bf16; norms, softmax and GELU count as nothing.
     """
     rates: dict[str, float] = {}
-    wide = "fp32" if dtype == "fp32" else "bf16"
+    wide = "bf16" if dtype != "fp32" and multiplies_bfloat16("cpu") else "fp32"
     best = total = attention = 0.0
     for step in plan.all_steps:
         flops = step_cost(plan, step, "torch").flops

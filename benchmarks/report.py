@@ -6,6 +6,7 @@ python -m benchmarks.report
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def step_table(result: dict[str, Any]) -> list[str]:
             f"{row['samples_per_second']:,.2f} | {row['build_seconds']:.1f} |"
         )
     lines.append(f"| reference eager fp32 | {result['reference_p50_ms']:,.1f} | | | 1 | 0 | | |")
-    lines += ["", *(f"Left out: {name} ({why})." for name, why in result["skipped"].items())]
+    lines += ["", *_left_out(result["skipped"])]
     frozen = {row["dtype"]: row for row in reversed(result["rivals"]) if row["name"] == f"frozen {row['dtype']}"}
     shares = [
         f"{dtype} {found['ms']:,.1f} ms, of which the frozen policy reaches {found['ms'] / frozen[dtype]['p50_ms']:.0%}"
@@ -74,6 +75,11 @@ def step_table(result: dict[str, Any]) -> list[str]:
         verdicts = [_verdict(dtype, report) for dtype, report in result["gate"].items()]
         lines += ["", f"Error gate, outlier channels planted in the weights: {'; '.join(verdicts)}."]
     return [*lines, ""]
+
+
+def _left_out(skipped: Mapping[str, str]) -> list[str]:
+    reasons = dict.fromkeys(skipped.values())
+    return [f"Left out: {', '.join(name for name in skipped if skipped[name] == why)} ({why})." for why in reasons]
 
 
 def _verdict(dtype: str, report: dict[str, Any]) -> str:
@@ -173,7 +179,7 @@ def _cold_start(results: list[dict[str, Any]]) -> list[str]:
                 f"| {name} | {times} | {row['total_s']:.1f} ({row['total_low_s']:.1f} to {row['total_high_s']:.1f}) | "
                 f"{row['peak_mb']:,.0f} | {row['ready_mb']:,.0f} |"
             )
-        lines += ["", *(f"Left out: {name} ({why})." for name, why in result["skipped"].items())]
+        lines += ["", *_left_out(result["skipped"])]
         lines.append(conditions_line(result))
     return lines
 

@@ -38,6 +38,7 @@ from vat_fast.frozen.gate import accept
 from vat_fast.frozen.gate_inputs import plant_massive_activations, plant_outliers, realistic_samples
 from vat_fast.frozen.passes import PASSES
 from vat_fast.frozen.target import Precision, Target
+from vat_fast.precision import multiplies_bfloat16
 
 RESULTS = Path(__file__).with_name("results")
 ROUNDS = {"vit-tiny": 200, "vit-small": 60}
@@ -52,7 +53,9 @@ LONG = 20.0
 """Seconds."""
 PRESETS, BATCHES, VIEWS = ("vit-tiny", "vit-small", "siglip2-so400m"), (1, 4, 16), (1, 2, 3)
 """Of --all."""
-DTYPES: tuple[Precision, ...] = ("fp32", "bf16", "int8")
+EMULATED = ("reference autocast bf16", "OpenVINO bf16", "frozen bf16", "frozen onednn bf16")
+"""Not run by default where the processor does not multiply bf16: emulated, a step takes up to 40 times as long."""
+DTYPES: tuple[Precision, ...] = ("fp32", "bf16", "int8") if multiplies_bfloat16("cpu") else ("fp32", "int8")
 END_TO_END = "from images to actions"
 GATE_SAMPLES = 4
 
@@ -246,9 +249,11 @@ def save(result: dict[str, Any], name: str, folder: Path = RESULTS) -> Path:
 
 def default_rivals(preset: str, forward_s: float = 0.0) -> tuple[list[str], dict[str, str]]:
     """(who runs, who does not and why) for a preset whose reference takes `forward_s` seconds."""
-    dropped = {}
+    dropped: dict[str, str] = {}
+    if not multiplies_bfloat16("cpu"):
+        dropped = dict.fromkeys(EMULATED, "this processor does not multiply bfloat16; --rivals runs it")
     if preset not in ROUNDS:
-        dropped = dict.fromkeys(SLOW, "building it takes minutes and gigabytes at this size; --rivals runs it")
+        dropped |= dict.fromkeys(SLOW, "building it takes minutes and gigabytes at this size; --rivals runs it")
     if forward_s > LONG:
         why = f"a forward of the reference takes about {forward_s:.0f} s here, so each adds minutes; --rivals runs it"
         dropped = {**dict.fromkeys((*SLOW_ROUNDS, END_TO_END), why), **dropped}

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 import pytest
 
-from vat_fast.rollout.collect import CollectSettings, Job, _Collector, _TaskFolder, collect
+from vat_fast.rollout.collect import CollectSettings, Job, _claim, _Collector, _TaskFolder, collect
 from vat_fast.rollout.demonstration import demonstrate
 from vat_fast.rollout.experts.disturb import Disturbance
 from vat_fast.rollout.scene import SETTLING_STEPS, Scene
@@ -131,6 +131,26 @@ def test_killed_collection_goes_on(cheese_scene: Scene, tmp_path: Path) -> None:
     assert report.file.stat().st_mtime_ns == stamp
     with pytest.raises(ValueError, match=r"other settings \(noise\); take another folder"):
         collect(CollectSettings("object", (1,), **{**OPTIONS, "noise": 0.1}), tmp_path)
+
+    # More episodes: the file is taken apart, these are added. Fewer: refused.
+    more = CollectSettings("object", (1,), **{**OPTIONS, "episodes": 3})
+    _claim(tmp_path, more)
+    _TaskFolder(more, 1, tmp_path).reopen()
+    assert _TaskFolder(more, 1, tmp_path).missing() == [2]
+    collector = _Collector(more, tmp_path)
+    collector._scene = cheese_scene
+    assert collector(Job(1, 2))
+    (report,) = collect(more, tmp_path, processes=1, progress=False)
+    assert (report.collected, report.failed, report.lost) == (3, (), {})
+    with h5py.File(report.file) as f:
+        assert sorted(f["data"]) == ["demo_0", "demo_1", "demo_2"]
+        assert f["data"].attrs["num_demos"] == 3
+        assert json.loads(f["data"].attrs["collection"])["settings"]["episodes"] == 3
+        assert np.array_equal(f["data/demo_0/actions"], again.actions)
+        assert [f[f"data/demo_{k}"].attrs["episode"] for k in range(3)] == [0, 1, 2]
+    assert len(LiberoHDF5(report.file)) == 3
+    with pytest.raises(ValueError, match=r"other settings \(episodes\)"):
+        collect(settings, tmp_path)
 
 
 def test_failures_are_kept_out_and_counted(

@@ -114,6 +114,9 @@ def collect(
 ) -> list[TaskReport]:
     """Collect demonstrations into `folder`, going on where an earlier call with the same settings stopped.
 
+    More `episodes` than a finished collection has are added to it: an episode depends on its number, not on how many
+    there are.
+
     Args:
         settings: what to collect.
         folder: gets `<task>_demo.hdf5` per task and `collection.json`.
@@ -125,11 +128,13 @@ def collect(
         One report per task.
 
     Raises:
-        ValueError: the folder has a collection with other settings, or a task that no expert can do.
+        ValueError: the folder has a collection with other settings or more episodes, or a task that no expert can do.
         SimulatorError: the simulator cannot run here.
     """
     tasks = [_TaskFolder(settings, task, folder) for task in settings.tasks]
     _claim(folder, settings)
+    for task in tasks:
+        task.reopen()
     jobs = [Job(task.task, episode) for task in tasks if not task.file.exists() for episode in task.missing()]
     total = settings.episodes * len(tasks)
     lost: dict[Job, str] = {}
@@ -166,6 +171,23 @@ class _TaskFolder:
     def attributes(self) -> Path:
         """What the file will say about the task, which only a running scene knows."""
         return self.parts / "attributes.json"
+
+    def reopen(self) -> None:
+        """Take a file with fewer episodes than are wanted apart again, so that the rest can be added."""
+        from vat_fast.rollout.demo_file import read_collection, split_parts
+
+        if not self.file.exists():
+            return
+        collection = read_collection(self.file)
+        if collection["settings"]["episodes"] >= self.settings.episodes:
+            return
+        self.parts.mkdir(parents=True, exist_ok=True)
+        attributes = split_parts(self.file, self.part)
+        for episode in collection["failed_episodes"]:
+            write_text(self.failure(episode), f"not solved in {ATTEMPTS} attempts\n")
+        attributes["collection"] = json.dumps({**collection, "settings": self.settings.to_dict()})
+        write_text(self.attributes, json.dumps(attributes))
+        self.file.unlink()
 
     def missing(self) -> list[int]:
         """Episodes that have not been tried."""
@@ -260,13 +282,14 @@ def _claim(folder: Path, settings: CollectSettings) -> None:
     if note.exists():
         there = json.loads(note.read_text(encoding="utf-8")).get("settings")
         here = settings.to_dict()
-        if there != here:
-            differing = [name for name in here if not isinstance(there, Mapping) or there.get(name) != here[name]]
+        differing = [name for name in here if not isinstance(there, Mapping) or there.get(name) != here[name]]
+        if not differing:
+            return
+        if differing != ["episodes"] or there["episodes"] > settings.episodes:
             raise ValueError(
                 f"{folder} has a collection with other settings ({', '.join(differing)}); take another folder, or "
-                "those settings to go on with it"
+                "those settings to go on with it (only episodes may be more than before)"
             )
-        return
     write_text(note, json.dumps({"settings": settings.to_dict()}, indent=2) + "\n")
 
 

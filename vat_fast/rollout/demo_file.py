@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,27 @@ def merge_parts(path: Path, parts: Sequence[Path], attributes: Mapping[str, Any]
         for name, value in {**attributes, "num_demos": len(parts), "total": total}.items():
             data.attrs[name] = value
     os.replace(temporary, path)
+
+
+def split_parts(path: Path, part: Callable[[int], Path]) -> dict[str, Any]:
+    """Undo `merge_parts`: write each demonstration to a file of its own again, atomically; `path` stays.
+
+    Args:
+        path: a file of `merge_parts`.
+        part: where the part of an episode goes.
+
+    Returns:
+        The attributes of `data` that were given to `merge_parts`.
+    """
+    with h5py.File(path, "r") as f:
+        for demo in f["data"].values():
+            file = part(int(demo.attrs["episode"]))
+            temporary = _temporary(file)
+            with h5py.File(temporary, "w") as target:
+                f.copy(demo, target, "demo")
+            os.replace(temporary, file)
+        attributes = {name: np.asarray(value).item() for name, value in f["data"].attrs.items()}
+    return {name: value for name, value in attributes.items() if name not in ("num_demos", "total")}
 
 
 def task_attributes(scene: Scene, collection: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Samples per second of the training loop, against a plain loop on the same demonstrations.
 
-    python -m benchmarks.training_speed          # prints a table and writes docs/training_speed.json
+    python -m benchmarks.training_speed    # prints a table and writes docs/training_speed.json, in fp32 .._fp32.json
 
 The plain loop is what one would write: `ReferenceVAT` under autocast, PyTorch's AdamW, a `DataLoader` whose workers
 read LIBERO's HDF5 and augment with torchvision. Ours is `train/configs/vit_tiny_cpu.yaml` on the same file, packed
@@ -44,11 +44,11 @@ from vat_fast.train.config import Config, load_config
 from vat_fast.train.datasets import open_data, prepare_paths
 from vat_fast.train.loop import Trainer
 
-RESULT = Path("docs/training_speed.json")
 CONFIG = Path("train/configs/vit_tiny_cpu.yaml")
 GLOBAL_BATCH = 32
 PRECISION = "autocast" if multiplies_bfloat16("cpu") else "fp32"
 """Of both loops: what is fastest on this processor."""
+RESULT = Path("docs", "training_speed.json" if PRECISION == "autocast" else f"training_speed_{PRECISION}.json")
 UNTIMED = 3
 """Steps at the front of a block: two batches wait in each worker's queue, one was being made."""
 LOOPS = {

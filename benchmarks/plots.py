@@ -40,12 +40,19 @@ def waterfall(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def _panel(result: dict[str, Any]) -> tuple[str, str]:
+    return result["preset"], result["conditions"]["cpu"].replace("(R)", "")
+
+
 def latency(results: list[dict[str, Any]], path: Path) -> None:
-    """Latency by throughput of every rival at every batch size; lines join a rival's batch sizes."""
-    presets = sorted({result["preset"] for result in results})
-    figure, grid = plt.subplots(1, len(presets), figsize=(6 * len(presets), 4.6), layout="constrained", squeeze=False)
-    for axes, preset in zip(grid[0], presets, strict=True):
-        chosen = sorted((r for r in results if r["preset"] == preset and r["views"] == 2), key=lambda r: r["batch"])
+    """Latency by throughput of every rival at every batch size, a panel per preset and processor, two views; lines join
+    a rival's batch sizes."""
+    panels = sorted({_panel(result) for result in results if result["views"] == 2})
+    columns = min(len(panels), 2)
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(6 * columns, 4.6 * rows), layout="constrained", squeeze=False)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        chosen = sorted((r for r in results if _panel(r) == panel and r["views"] == 2), key=lambda r: r["batch"])
         points: dict[str, list[tuple[float, float]]] = {}
         for result in chosen:
             batch = result["batch"]
@@ -59,7 +66,9 @@ def latency(results: list[dict[str, Any]], path: Path) -> None:
             axes.plot(*zip(*line, strict=True), label=name, linestyle="-" if frozen else ":", **style)
             axes.annotate(name, line[0], fontsize=7, xytext=(5, 3), textcoords="offset points")
         axes.set(xscale="log", yscale="log", xlabel="latency of a step, ms (median)", ylabel="samples per second")
-        axes.set_title(preset, fontsize=10)
+        axes.set_title(", ".join(panel), fontsize=10)
         axes.margins(x=0.25)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
     figure.savefig(path, dpi=130)
     plt.close(figure)

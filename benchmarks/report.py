@@ -33,7 +33,7 @@ result is not timed. Precisions below fp32 on random weights: a trained model is
 def step_table(result: dict[str, Any]) -> list[str]:
     """One shape: a row per rival, fastest first."""
     lines = [
-        f"### {result['preset']}, batch {result['batch']}, {result['views']} views",
+        f"### {result['preset']}, batch {result['batch']}, {result['views']} views, {result['conditions']['cpu']}",
         "",
         "| who | p50 ms | p90 | p99 | times reference | error | samples/s | built in s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -186,7 +186,7 @@ def _cold_start(results: list[dict[str, Any]]) -> list[str]:
 
 def main() -> None:
     """Write the pictures and the document."""
-    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.rglob("*.json"))]
     for result in results:
         if result["kind"] == "waterfall":
             plots.waterfall(result, DOCS / f"waterfall-{result['preset']}.png")

@@ -128,6 +128,25 @@ def rules(rows: Sequence[tuple[int | None, ...]]) -> list[Rule]:
     ]
 
 
+ATTENTION_FIELDS = ("BLOCK_M", "BLOCK_N", "SPLITS", "num_warps", "num_stages")
+
+
+def attention_rules(
+    table: Mapping[Arch, Sequence[tuple[int | None, ...]]], float32: Mapping[str, int]
+) -> dict[Arch, list[Rule]]:
+    """Rules of the attention kernels, by target, from compact rows for 16-bit types: bounds of the head dim and of the
+    programs of 64 queries (None: any), then ``ATTENTION_FIELDS``. `float32` is the rule for anything wider."""
+    found: dict[Arch, list[Rule]] = {}
+    for arch, rows in table.items():
+        found[arch] = []
+        for row in rows:
+            bounds = {"bits": 16, "head_dim": row[0], "programs": row[1]}
+            conditions = {name: bound for name, bound in bounds.items() if bound is not None}
+            found[arch].append((conditions, dict(zip(ATTENTION_FIELDS, row[2:], strict=True))))
+        found[arch].append(({}, float32))
+    return found
+
+
 def _holds(name: str, wanted: Condition, shape: Mapping[str, int | str]) -> bool:
     if name not in shape:
         raise ValueError(f"a rule asks for {name!r}, the launcher gave {sorted(shape)}; pass {name}=... to pick")

@@ -13,45 +13,20 @@ so the result does not depend on who was last. Kernels and their maths: `attenti
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from vat_fast.kernels import attention_common as common
-from vat_fast.kernels import configs
+from vat_fast.kernels import configs, tables
 from vat_fast.kernels.attention_common import SplitWorkspace
 
-# Chosen by ahead-of-time compilation, see `vision_attention`. PROGRAMS is what fills the device once: keys are split
-# until there are that many programs (108, 132 and 148 multiprocessors on A100, H100, B200; 16 and 20 on Orin, Thor).
-_FLOAT32 = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1, "PROGRAMS": 128}
-_DISCRETE = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "PROGRAMS": 128}
-_EMBEDDED = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2, "PROGRAMS": 32}
-
-CONFIGS: configs.ConfigTable = {
-    87: [({"bits": 16}, _EMBEDDED), ({}, _FLOAT32)],
-    89: [({"bits": 16, "head_dim": 80}, {**_DISCRETE, "num_stages": 3}), ({"bits": 16}, _DISCRETE), ({}, _FLOAT32)],
-    110: [({"bits": 16}, _EMBEDDED), ({}, _FLOAT32)],
-    "gfx942": [({"bits": 16}, {**_DISCRETE, "num_stages": 1}), ({}, _FLOAT32)],
-    "default": [({"bits": 16}, _DISCRETE), ({}, _FLOAT32)],
-}
-
-_BACKWARD_32 = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-_BACKWARD_TINY = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 2, "num_stages": 2}
-_BACKWARD_AMD = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+# float32 is for checking, see `vision_attention`.
+_FLOAT32 = {"BLOCK_M": 32, "BLOCK_N": 32, "SPLITS": 8, "num_warps": 4, "num_stages": 1}
 _BACKWARD_FLOAT32 = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 
-_BACKWARD_LESS_SHARED = [
-    ({"bits": 16, "head_dim": 80}, _BACKWARD_32),
-    ({"bits": 16}, _BACKWARD_TINY),
-    ({}, _BACKWARD_FLOAT32),
-]
-BACKWARD_CONFIGS: configs.ConfigTable = {
-    87: _BACKWARD_LESS_SHARED,
-    89: _BACKWARD_LESS_SHARED,
-    "gfx942": [({"bits": 16}, _BACKWARD_AMD), ({}, _BACKWARD_FLOAT32)],
-    "default": [({"bits": 16}, _BACKWARD_32), ({}, _BACKWARD_FLOAT32)],
-}
-
-# The combination reads every share: past eight it would cost more than the keys it saves.
-MAX_SPLITS = 8
+CONFIGS = configs.attention_rules(tables.CROSS_ATTENTION, _FLOAT32)
+BACKWARD_CONFIGS = configs.attention_rules(tables.CROSS_ATTENTION_BACKWARD, _BACKWARD_FLOAT32)
 
 
 def cross_attention_ref(
@@ -112,20 +87,28 @@ def _columns(kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _pick(table: configs.ConfigTable, q: torch.Tensor, num_heads: int) -> dict[str, int]:
-    shape = {"bits": q.element_size() * 8, "head_dim": q.shape[-1] // num_heads}
-    return configs.pick(table, configs.current_arch(), **shape)
+    batch, num_queries, width = q.shape
+    return configs.pick(
+        table,
+        configs.current_arch(),
+        bits=q.element_size() * 8,
+        head_dim=width // num_heads,
+        programs=batch * num_heads * common.num_tiles(num_queries, 64),
+    )
 
 
-def make_workspace(q_BTD: torch.Tensor, kv_vision_BS2D: torch.Tensor, num_heads: int) -> SplitWorkspace | None:
+def make_workspace(
+    q_BTD: torch.Tensor, kv_vision_BS2D: torch.Tensor, num_heads: int, config: Mapping[str, int] | None = None
+) -> SplitWorkspace | None:
     """Scratch for `launch_cross_attention` at these shapes on the current device; None if it needs none.
 
-    May be kept and used again, also by a replayed CUDA graph, but not by two launches at the same time.
+    May be kept and used again, also by a replayed CUDA graph, but not by two launches at the same time. `config` is
+    taken instead of the shipped configuration, and the launch must be given the same.
     """
     batch, num_queries, width = q_BTD.shape
-    config = _pick(CONFIGS, q_BTD, num_heads)
-    programs = batch * num_heads * common.num_tiles(num_queries, config["BLOCK_M"])
-    full_key_tiles = kv_vision_BS2D.shape[1] // config["BLOCK_N"]
-    splits = min(MAX_SPLITS, full_key_tiles, config["PROGRAMS"] // programs)
+    if config is None:
+        config = _pick(CONFIGS, q_BTD, num_heads)
+    splits = min(config["SPLITS"], kv_vision_BS2D.shape[1] // config["BLOCK_N"])
     if splits < 2:
         return None
     return SplitWorkspace.make(
@@ -142,16 +125,18 @@ def launch_cross_attention(
     lse_BHT: torch.Tensor,
     kv_extra_BE2D: torch.Tensor | None = None,
     workspace: SplitWorkspace | None = None,
+    config: Mapping[str, int] | None = None,
 ) -> None:
     """One launch: write out (B, T, D) and lse (B, H, T) float32. Keys are split as `make_workspace` decided.
 
+    `config` is taken instead of the shipped configuration.
     Raises ValueError on wrong shapes, a dtype other than float32, float16 and bfloat16, or rows with gaps.
     """
     _check_for_kernels(q_BTD, kv_vision_BS2D, kv_extra_BE2D, num_heads, scale)
     common.check_outputs(out_BTD, lse_BHT, tuple(q_BTD.shape), num_heads)
     k, v = _columns(kv_vision_BS2D)
     common.launch_forward(
-        q_BTD, k, v, out_BTD, lse_BHT, num_heads, scale, _pick(CONFIGS, q_BTD, num_heads),
+        q_BTD, k, v, out_BTD, lse_BHT, num_heads, scale, config or _pick(CONFIGS, q_BTD, num_heads),
         extra=None if kv_extra_BE2D is None else _columns(kv_extra_BE2D), workspace=workspace,
     )  # fmt: skip
 
@@ -185,8 +170,12 @@ def launch_cross_attention_backward(
     dkv_vision_BS2D: torch.Tensor,
     kv_extra_BE2D: torch.Tensor | None = None,
     dkv_extra_BE2D: torch.Tensor | None = None,
+    config: Mapping[str, int] | None = None,
 ) -> None:
-    """Three launches: write dq, dkv_vision and, with extra tokens, dkv_extra, each shaped like its input."""
+    """Three launches: write dq, dkv_vision and, with extra tokens, dkv_extra, each shaped like its input.
+
+    `config` is taken instead of the shipped configuration.
+    """
     _check_for_kernels(q_BTD, kv_vision_BS2D, kv_extra_BE2D, num_heads, scale)
     if (kv_extra_BE2D is None) != (dkv_extra_BE2D is None):
         raise ValueError("kv_extra and dkv_extra come together: give both or neither.")
@@ -194,7 +183,7 @@ def launch_cross_attention_backward(
         common.check_rows(name, x)
     common.launch_backward(
         grad_out_BTD, q_BTD, *_columns(kv_vision_BS2D), out_BTD, lse_BHT, dq_BTD, *_columns(dkv_vision_BS2D),
-        num_heads, scale, _pick(BACKWARD_CONFIGS, q_BTD, num_heads),
+        num_heads, scale, config or _pick(BACKWARD_CONFIGS, q_BTD, num_heads),
         extra=None if kv_extra_BE2D is None else _columns(kv_extra_BE2D),
         dextra=None if dkv_extra_BE2D is None else _columns(dkv_extra_BE2D),
     )  # fmt: skip

@@ -16,10 +16,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from vat_fast.kernels import configs, eight_bit, gemm, low_precision, static_model, tables, timing
+from vat_fast.kernels.attention_model import ATTENTION_TABLES, AttentionBlocks, AttentionTable, Problem
+from vat_fast.kernels.cross_attention import make_workspace
 from vat_fast.kernels.gemm import Workspace
 from vat_fast.kernels.patch_embed import PIXEL_CENTRE, launch_patch_embed
 from vat_fast.kernels.static_model import Blocks, Device
@@ -50,13 +53,16 @@ def device_of_this_machine() -> Device:
     raise ValueError(f"static_model knows no device of architecture {arch}; add its figures to DEVICES")
 
 
-def fastest(blocks: Sequence[Blocks], time: Callable[[Blocks], float]) -> Blocks:
+AnyBlocks = TypeVar("AnyBlocks", Blocks, AttentionBlocks)
+
+
+def fastest(blocks: Sequence[AnyBlocks], time: Callable[[AnyBlocks], float]) -> AnyBlocks:
     """The configuration with the smallest time; those that do not compile or fit (RuntimeError) are left out.
 
     Raises:
         RuntimeError: none ran.
     """
-    times: dict[Blocks, float] = {}
+    times: dict[AnyBlocks, float] = {}
     reasons: list[str] = []
     for candidate in blocks:
         try:
@@ -134,6 +140,44 @@ TABLE_OPS = {
 }
 
 
+AttentionTimer = Callable[[str, Problem, AttentionBlocks], float]
+
+
+def attention_call(name: str, problem: Problem, blocks: AttentionBlocks, device: str) -> Callable[[], object]:
+    """A launch of the attention that a table is for, forward or backward, on random data; checked."""
+    from vat_fast.kernels.proof.attention_case import attention_case
+
+    case = attention_case(ATTENTION_TABLES[name], problem, vars(blocks))
+    tensors = {key: x.to(device) for key, x in case.make().items()}
+    more: dict[str, Any] = {}
+    if name == "CROSS_ATTENTION":  # scratch is made once, as by whoever acts
+        more["workspace"] = make_workspace(tensors["q"], tensors["kv"], problem.heads, vars(blocks))
+
+    def call() -> object:
+        return case.launch(tensors, **more)
+
+    call()
+    assert case.reference is not None
+    truth = case.reference({key: x.double() for key, x in tensors.items()})
+    for key in case.outputs:
+        _check(tensors[key], truth[key], blocks)
+    return call
+
+
+def retuned_attention(
+    device: Device, time: AttentionTimer, names: Sequence[str]
+) -> Iterator[tuple[str, list[tables.Row]]]:
+    """(table's name, this device's rows) by `time(name, problem, blocks)`."""
+    for name in names:
+        table = ATTENTION_TABLES[name]
+
+        def choose(problem: Problem, name: str = name, table: AttentionTable = table) -> AttentionBlocks:
+            fitting = [b for b in table.candidates(device.arch) if problem.keys // b.BLOCK_N >= b.SPLITS]
+            return fastest(fitting, lambda candidate: time(name, problem, candidate))
+
+        yield name, table.table_of(choose)
+
+
 def retuned(
     device: Device, time: Callable[[str, int, int, int, Blocks], float], names: Sequence[str]
 ) -> Iterator[tuple[str, list[tables.Row]]]:
@@ -147,6 +191,8 @@ def retuned(
 
         yield name, spec.table_of(choose)
 
+
+TABLE_NAMES = (*TABLE_OPS, *ATTENTION_TABLES)
 
 # Head dims of the backbones, and views of 256 patches: a rollout, a few, a training batch.
 HEAD_DIMS = (64, 72, 96)
@@ -192,7 +238,7 @@ def flash_rows(time: Callable[[str, int, int], float]) -> FlashRows:
 
 def source(rows: dict[str, list[tables.Row]], arch: configs.Arch, note: str, flash: FlashRows | None = None) -> str:
     """kernels/tables.py with `rows` and, if measured, `flash` in place of those of `arch`, and `note` in MEASURED."""
-    contents = {name: dict(getattr(tables, name)) for name in TABLE_OPS}
+    contents = {name: dict(getattr(tables, name)) for name in TABLE_NAMES}
     for name, new in rows.items():
         contents[name][arch] = new
     choices = tables.FLASH_ATTENTION if flash is None else tables.FLASH_ATTENTION | {arch: flash}
@@ -203,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 no GPU."""
     parser = argparse.ArgumentParser(prog="python -m vat_fast.kernels.retune", description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"replace {TABLES.name}")
-    parser.add_argument("--tables", nargs="+", choices=list(TABLE_OPS), default=list(TABLE_OPS))
+    parser.add_argument("--tables", nargs="+", choices=TABLE_NAMES, default=list(TABLE_NAMES))
     parser.add_argument("--samples", type=int, default=30)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -217,18 +263,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name} M={M} N={N} K={K} {blocks}: {result:.1f} us", file=sys.stderr, flush=True)
         return result
 
-    rows = dict(retuned(device, time, options.tables))
+    def time_attention(name: str, problem: Problem, blocks: AttentionBlocks) -> float:
+        call = attention_call(name, problem, blocks, "cuda")
+        result = timing.time_graph(name, call, options.samples).median_us
+        print(f"{name} {problem} {blocks}: {result:.1f} us", file=sys.stderr, flush=True)
+        return result
+
+    rows = dict(retuned(device, time, [name for name in options.tables if name in TABLE_OPS]))
+    rows |= retuned_attention(device, time_attention, [name for name in options.tables if name in ATTENTION_TABLES])
     note = f"{torch.cuda.get_device_name()}, {date.today()}, {timing.METHOD}"
     flash = None
     if FLASH_ATTN_INSTALLED:
 
-        def time_attention(provider: str, head_dim: int, views: int) -> float:
+        def time_provider(provider: str, head_dim: int, views: int) -> float:
             call = vision_attention_calls(head_dim, views, "cuda")[provider]
             result = timing.time_graph(provider, call, options.samples).median_us
             print(f"{provider} head dim {head_dim}, {views} views: {result:.1f} us", file=sys.stderr, flush=True)
             return result
 
-        flash = flash_rows(time_attention)
+        flash = flash_rows(time_provider)
     else:
         print("flash-attn is not installed: it is not compared with Triton's attention", file=sys.stderr)
     text = source(rows, arch, note, flash)

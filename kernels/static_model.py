@@ -5,9 +5,8 @@ from L2, shared-memory reads of the older MMA, latency that too few stages leave
 two programs while another has one keeps everybody waiting), the split-K reduction, and HBM traffic. The estimate ranks
 configurations. It is no measurement and is not to be quoted as a speed.
 
-    python -m vat_fast.kernels.static_model > kernels/tables.py
-
-writes the shipped tables; ``python -m vat_fast.kernels.retune`` replaces them by measured ones.
+``python -m vat_fast.kernels.choose`` writes the shipped tables, ``python -m vat_fast.kernels.retune`` replaces them by
+measured ones. `attention_model` does the same for attention.
 """
 
 from __future__ import annotations
@@ -292,10 +291,11 @@ def choose_table(name: str, device: Device) -> list[tuple[int | None, ...]]:
     return TABLES[name].table_of(lambda M, N, K: TABLES[name].choose(M, N, K, device))
 
 
-HEADER = '''"""Configurations: what ``static_model`` chose, or what ``retune`` measured. Not edited by hand.
+HEADER = '''"""Configurations: what ``choose`` took from the static models or ``retune`` measured. Not edited by hand.
 
 Rows: at most this M, N, K (None: any), then BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, SPLIT_K, num_warps, num_stages.
-MEASURED says on which card and when a target was retuned; all others are the model's.
+Attention: at most this head dim, so many programs of 64 queries, then BLOCK_M, BLOCK_N, SPLITS, num_warps, num_stages.
+MEASURED says on which card and when a target was retuned; all others are the models'.
 """
 
 from vat_fast.kernels.configs import Arch
@@ -334,7 +334,3 @@ def format_tables(
 def all_tables() -> dict[str, dict[Arch, list[tuple[int | None, ...]]]]:
     """Every table of kernels/tables.py, by architecture."""
     return {name: {device.arch: choose_table(name, device) for device in DEVICES.values()} for name in TABLES}
-
-
-if __name__ == "__main__":
-    print(format_tables(all_tables(), {}, {}), end="")

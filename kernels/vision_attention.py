@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,39 +16,12 @@ import torch
 from vat_fast.kernels import attention_common as common
 from vat_fast.kernels import configs, tables
 
-# Chosen by ahead-of-time compilation: no spills and two blocks or more on a multiprocessor at P = 256 (head dims 64,
-# 72, 96) and P = 261 (head dim 64). `programs` is N * H * ceil(P / 64): while small, small tiles fill it.
 # float32 uses no tensor cores; its tiles are small because products in exact float32 keep operands in registers.
 _FLOAT32 = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-_SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-_LARGE = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-
-CONFIGS: configs.ConfigTable = {
-    90: [({"bits": 16, "programs": 528}, _SMALL), ({"bits": 16}, _LARGE), ({}, _FLOAT32)],
-    "default": [({"bits": 16}, _SMALL), ({}, _FLOAT32)],
-}
-
-_BACKWARD_64 = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-_BACKWARD_32 = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-_BACKWARD_TINY = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 2, "num_stages": 2}
-
-_BACKWARD_AMD = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 _BACKWARD_FLOAT32 = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 
-_BACKWARD_LESS_SHARED = [
-    ({"bits": 16, "head_dim": 80}, _BACKWARD_32),
-    ({"bits": 16}, _BACKWARD_TINY),
-    ({}, _BACKWARD_FLOAT32),
-]
-BACKWARD_CONFIGS: configs.ConfigTable = {
-    80: [({"bits": 16}, _BACKWARD_32), ({}, _BACKWARD_FLOAT32)],
-    87: _BACKWARD_LESS_SHARED,
-    90: [({"bits": 16}, _BACKWARD_64), ({}, _BACKWARD_FLOAT32)],
-    100: [({"bits": 16, "head_dim": 64}, _BACKWARD_64), ({"bits": 16}, _BACKWARD_32), ({}, _BACKWARD_FLOAT32)],
-    110: [({"bits": 16, "head_dim": 64}, _BACKWARD_64), ({"bits": 16}, _BACKWARD_32), ({}, _BACKWARD_FLOAT32)],
-    "gfx942": [({"bits": 16}, _BACKWARD_AMD), ({}, _BACKWARD_FLOAT32)],
-    "default": _BACKWARD_LESS_SHARED,
-}
+CONFIGS = configs.attention_rules(tables.VISION_ATTENTION, _FLOAT32)
+BACKWARD_CONFIGS = configs.attention_rules(tables.VISION_ATTENTION_BACKWARD, _BACKWARD_FLOAT32)
 
 
 def vision_attention_ref(qkv_NP3D: torch.Tensor, num_heads: int, scale: float) -> torch.Tensor:
@@ -95,17 +69,24 @@ def _columns(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def launch_vision_attention(
-    qkv_NP3D: torch.Tensor, num_heads: int, scale: float, out_NPD: torch.Tensor, lse_NHP: torch.Tensor
+    qkv_NP3D: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    out_NPD: torch.Tensor,
+    lse_NHP: torch.Tensor,
+    config: Mapping[str, int] | None = None,
 ) -> None:
     """One launch: write out (N, P, D) and lse (N, H, P) float32 of qkv (N, P, 3*D), all with contiguous rows.
 
+    `config` is taken instead of the shipped configuration.
     Raises ValueError on a wrong shape, a dtype other than float32, float16 and bfloat16, or rows with gaps.
     """
     _check(qkv_NP3D, num_heads, scale)
     common.check_dtype("qkv", qkv_NP3D)
     common.check_rows("qkv", qkv_NP3D)
     common.check_outputs(out_NPD, lse_NHP, (*qkv_NP3D.shape[:2], qkv_NP3D.shape[2] // 3), num_heads)
-    config = configs.pick(CONFIGS, configs.current_arch(), **_shape_class(qkv_NP3D, num_heads))
+    if config is None:
+        config = configs.pick(CONFIGS, configs.current_arch(), **_shape_class(qkv_NP3D, num_heads))
     q, k, v = _columns(qkv_NP3D)
     common.launch_forward(q, k, v, out_NPD, lse_NHP, num_heads, scale, config)
 
@@ -118,13 +99,18 @@ def launch_vision_attention_backward(
     num_heads: int,
     scale: float,
     dqkv_NP3D: torch.Tensor,
+    config: Mapping[str, int] | None = None,
 ) -> None:
-    """Three launches: write dqkv (N, P, 3*D), packed like qkv, from the forward's output and log-sum-exp."""
+    """Three launches: write dqkv (N, P, 3*D), packed like qkv, from the forward's output and log-sum-exp.
+
+    `config` is taken instead of the shipped configuration.
+    """
     _check(qkv_NP3D, num_heads, scale)
     common.check_dtype("qkv", qkv_NP3D)
     for name, x in (("qkv", qkv_NP3D), ("grad_out", grad_out_NPD), ("out", out_NPD), ("dqkv", dqkv_NP3D)):
         common.check_rows(name, x)
-    config = configs.pick(BACKWARD_CONFIGS, configs.current_arch(), **_shape_class(qkv_NP3D, num_heads))
+    if config is None:
+        config = configs.pick(BACKWARD_CONFIGS, configs.current_arch(), **_shape_class(qkv_NP3D, num_heads))
     q, k, v = _columns(qkv_NP3D)
     dq, dk, dv = _columns(dqkv_NP3D)
     common.launch_backward(grad_out_NPD, q, k, v, out_NPD, lse_NHP, dq, dk, dv, num_heads, scale, config)

@@ -93,6 +93,7 @@ def test_all_is_the_whole_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(step, "measure", measure)
     monkeypatch.setattr(step, "gemm_gflops", lambda *shape: 170.0)
+    monkeypatch.setattr(step, "multiplies_bfloat16", lambda device: True)
     step.main(["--all", "--out", str(tmp_path)])
     assert len(dropped) == 27
     # Who is left out is in the file, with the reason.
@@ -102,3 +103,5 @@ def test_all_is_the_whole_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "a forward of the reference takes about" in big["VAT fp32"]
     assert not any(dropped["vit-tiny", batch, 2] for batch in (1, 4, 16))
     assert set(dropped["siglip2-so400m", 1, 2]) == set(step.SLOW)
+    monkeypatch.setattr(step, "multiplies_bfloat16", lambda device: False)
+    assert set(step.default_rivals("vit-tiny")[1]) == set(step.EMULATED)

@@ -1,4 +1,4 @@
-"""One case for every GEMM configuration that ships, so that the gate compiles them all.
+"""One case for every configuration that ships, of the GEMMs and of attention, so that the gate compiles them all.
 
 The registered cases pick the configurations of the model's own shapes. The tables hold more: each distinct row is
 compiled here at a shape that picks it, for its own target alone. fp32 rules are left out: they are for checking, and
@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from vat_fast.kernels import configs, gemm, low_precision
+from vat_fast.kernels import configs, gemm, low_precision, tables
+from vat_fast.kernels.attention_model import ATTENTION_TABLES
+from vat_fast.kernels.proof.attention_case import attention_case
 from vat_fast.kernels.proof.case import Case, Tensors, all_cases
 from vat_fast.kernels.proof.cases import gemm as gemm_cases
 from vat_fast.kernels.proof.cases import low_precision as low_precision_cases
@@ -94,9 +96,27 @@ def _int8_to_int8(M: int, N: int, K: int) -> Case:
     return low_precision_cases._case("", M, N, K, torch.int8, group, kind)
 
 
+def _attention_cases() -> list[Case]:
+    """The shape that stands for each rule of the attention tables, for the targets that have the rule."""
+    cases = []
+    for name, table in ATTENTION_TABLES.items():
+        rules = configs.attention_rules(getattr(tables, name), {})
+        for arch in rules:
+            seen = []
+            for _, problem in table.problems():
+                shape = {"bits": 16, "head_dim": problem.head_dim}
+                config = configs.pick(rules, arch, programs=problem.programs, **shape)
+                if (shape, config) not in seen:
+                    seen.append((shape, config))
+                    case = attention_case(table, problem)
+                    cases.append(replace(case, op=OP, name=f"{table.op} {arch} {case.name}", archs=(arch,)))
+    return cases
+
+
 def configuration_cases() -> list[Case]:
-    """The GEMMs at every shipped configuration of every target: bf16 and int8, alone and writing 8 bits."""
+    """Every shipped configuration of every target: GEMMs in bf16 and int8, alone and writing 8 bits, and attention."""
     return [
+        *_attention_cases(),
         *_cases("bf16", gemm.CONFIGS, "bf16", _linear),
         *_cases("bf16+int8", gemm.GROUPED_CONFIGS, "bf16", _linear_8bit_copy),
         *_cases("int8", low_precision.CONFIGS, "int8", _int8),

@@ -141,10 +141,13 @@ def _configurations(table: aot.Table) -> list[str]:
         "",
         "## Shipped configurations",
         "",
-        "Every distinct row of the GEMM tables, compiled for its target at a shape that picks it. fp32 is for checking",
-        "results: its kernels need only compile and fit.",
+        "Every distinct row of kernels/tables.py, compiled for its target at a shape that picks it. fp32 is for",
+        "checking results: its kernels need only compile and fit. Static models chose the rows, by tensor-core",
+        "cycles, waves, occupancy, L2 and HBM traffic; those of attention also by the instructions of each candidate's",
+        "hot loop as compiled (kernels/static_model.py, kernels/attention_model.py).",
+        "`python -m vat_fast.kernels.retune` replaces them by what it measures on a card.",
         "",
-        *_table(("dtype", "target", "launches", "most registers", "spilled accesses", "fewest blocks"), rows),
+        *_table(("kernels", "target", "launches", "most registers", "spilled accesses", "fewest blocks"), rows),
     ]
 
 

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from vat_fast.kernels import configs, gemm, low_precision, static_model, tables
+from vat_fast.kernels import attention_model, choose, configs, gemm, low_precision, static_model, tables
+from vat_fast.kernels.proof import aot
 
 TABLE = {
     90: [
@@ -79,12 +80,12 @@ def test_without_a_device_the_error_says_what_to_do():
 
 def test_shipped_tables_are_what_the_model_chooses():
     """Except for targets that somebody retuned on a card; MEASURED names it."""
-    for name, table in static_model.all_tables().items():
+    for name, table in choose.chosen().items():
         shipped = getattr(tables, name)
         assert shipped.keys() == table.keys()
         for arch, rows in table.items():
             assert arch in tables.MEASURED or shipped[arch] == rows, (
-                f"{name}, {arch}: run python -m vat_fast.kernels.static_model > kernels/tables.py"
+                f"{name}, {arch}: run python -m vat_fast.kernels.choose"
             )
 
 
@@ -138,3 +139,56 @@ def test_fp8_is_refused_where_the_hardware_has_none():
         low_precision.quant_linear_config(56, 64, 64, torch.float8_e4m3fn, 64, arch=87)
     with pytest.raises(ValueError, match="gfx942"):
         low_precision.quant_linear_config(56, 64, 64, torch.float8_e4m3fn, 64, arch="gfx942")
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+ATTENTION = [(name, device) for name in attention_model.ATTENTION_TABLES for device in static_model.DEVICES.values()]
+
+
+@pytest.mark.parametrize(("name", "device"), ATTENTION, ids=lambda x: getattr(x, "name", x))
+def test_attention_estimates_stay_above_the_roofline_and_what_is_chosen_ships(name, device):
+    table = attention_model.ATTENTION_TABLES[name]
+    for _, problem in table.problems():
+        blocks = attention_model.choose(table, problem, device)
+        fact = attention_model.fact_of(table.op, problem.head_dim, blocks, device.arch)
+        assert fact["local"] == fact["stack"] == 0
+        assert fact["blocks"] >= 2
+        estimate = attention_model.microseconds(table, problem, blocks, fact, device)
+        rows = problem.batch * problem.heads * problem.head_dim
+        flops = (5 if table.backward else 2) * 2 * rows * problem.queries * problem.keys
+        moved = 2 * rows * (problem.queries + problem.keys) * 2 * (2 if table.backward else 1)
+        assert math.isfinite(estimate)
+        assert estimate >= max(1e-6 * flops / device.tflops, 1e-3 * moved / device.bandwidth)
+
+
+def test_facts_of_attention_are_of_the_code_that_ships():
+    """The gate's digests are current, or its own test fails; the model's facts must have the same."""
+    baseline = aot.load_baseline()
+    compared = 0
+    for name, table in attention_model.ATTENTION_TABLES.items():
+        if len(table.splits) > 1:
+            continue  # the digest holds how many
+        rules = configs.attention_rules(getattr(tables, name), {})
+        for arch in rules:
+            for _, problem in table.problems():
+                case = baseline.get(f"configuration/{table.op} {arch} head dim {problem.head_dim} B{problem.batch}")
+                if case is None or arch in attention_model.TWINS or arch in tables.MEASURED:
+                    continue
+                picked = configs.pick(rules, arch, bits=16, head_dim=problem.head_dim, programs=problem.programs)
+                fact = attention_model.fact_of(
+                    table.op, problem.head_dim, attention_model.AttentionBlocks(**picked), arch
+                )
+                launched = {row["digest"] for row in case[aot.target_name(arch)]["launches"]}
+                assert fact["digest"] in launched, "run python -m vat_fast.kernels.proof.attention_facts, then choose"
+                compared += 1
+    assert compared > 20
+
+
+def test_keys_are_split_where_heads_alone_leave_the_machine_idle():
+    """One sample's 16 heads on an H100's 132 multiprocessors, and on Orin's 16."""
+    table = attention_model.ATTENTION_TABLES["CROSS_ATTENTION"]
+    one, many = table.problem(72, 256, 1), table.problem(72, 256, 16)
+    h100, orin = static_model.DEVICES["H100"], static_model.DEVICES["Orin"]
+    assert attention_model.choose(table, one, h100).SPLITS > attention_model.choose(table, one, orin).SPLITS
+    assert attention_model.choose(table, many, h100).SPLITS == 1

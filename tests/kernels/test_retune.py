@@ -5,7 +5,7 @@ import types
 
 import pytest
 
-from vat_fast.kernels import retune, static_model, tables
+from vat_fast.kernels import attention_model, retune, static_model, tables
 from vat_fast.kernels.vision_attention import vision_attention_ref
 
 
@@ -51,3 +51,26 @@ def test_attention_is_checked_before_it_is_timed(right, monkeypatch):
     else:
         with pytest.raises(RuntimeError, match="wrong result with flash_attn"):
             retune.vision_attention_calls(16, 1, "cpu")
+
+
+@pytest.mark.parametrize("name", attention_model.ATTENTION_TABLES)
+def test_attention_of_every_table_is_checked_before_it_is_timed(name):
+    problem = attention_model.Problem(1, 2, 40, 40 if name.startswith("VISION") else 64, 16)
+    splits = 2 if name == "CROSS_ATTENTION" else 1
+    retune.attention_call(name, problem, attention_model.AttentionBlocks(32, 32, splits, 4, 1), "cpu")()
+
+
+def test_the_fastest_attention_that_compiles_is_written():
+    device = static_model.DEVICES["H100"]
+
+    def time(name, problem, blocks):
+        if blocks.BLOCK_N == 128:
+            raise RuntimeError("out of resources")
+        return abs(blocks.BLOCK_M - 64) + abs(blocks.BLOCK_N - 64) + blocks.num_stages + problem.batch * blocks.SPLITS
+
+    rows = dict(retune.retuned_attention(device, time, ["VISION_ATTENTION", "CROSS_ATTENTION"]))
+    assert rows["VISION_ATTENTION"] == [(bound, None, 64, 64, 1, 4, 2) for bound in (64, 80, None)]
+    scope = {}
+    exec(retune.source(rows, 90, "a card, a day"), scope)
+    assert scope["CROSS_ATTENTION"][90] == rows["CROSS_ATTENTION"]
+    assert scope["CROSS_ATTENTION"][80] == tables.CROSS_ATTENTION[80]

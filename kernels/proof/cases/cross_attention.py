@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -48,10 +49,13 @@ def _forward_inputs(batch: int, queries: int, keys: int, extra: int, heads: int,
     return tensors | ({"kv_extra": random(batch, extra, 2 * width, seed=2)} if extra else {})
 
 
-def _launch_forward(t: Tensors) -> None:
+def _launch_forward(
+    t: Tensors, config: Mapping[str, int] | None = None, workspace: attention_common.SplitWorkspace | None = None
+) -> None:
     heads, scale = _heads_and_scale(t)
-    workspace = make_workspace(t["q"], t["kv"], heads)
-    launch_cross_attention(t["q"], t["kv"], heads, scale, t["out"], t["lse"], t.get("kv_extra"), workspace)
+    if workspace is None:
+        workspace = make_workspace(t["q"], t["kv"], heads, config)
+    launch_cross_attention(t["q"], t["kv"], heads, scale, t["out"], t["lse"], t.get("kv_extra"), workspace, config)
 
 
 def _reference_forward(t: Tensors) -> Tensors:
@@ -77,11 +81,11 @@ def _backward_inputs(batch: int, queries: int, keys: int, extra: int, heads: int
     return t | grads | ({"dkv_extra": unwritten(*t["kv_extra"].shape)} if extra else {})
 
 
-def _launch_backward(t: Tensors) -> None:
+def _launch_backward(t: Tensors, config: Mapping[str, int] | None = None) -> None:
     heads, scale = _heads_and_scale(t)
     launch_cross_attention_backward(
         t["grad_out"], t["q"], t["kv"], t["out"], t["lse"], heads, scale, t["dq"], t["dkv"],
-        t.get("kv_extra"), t.get("dkv_extra"),
+        t.get("kv_extra"), t.get("dkv_extra"), config,
     )  # fmt: skip
 
 
@@ -132,7 +136,7 @@ def _case(
 
 
 CASES = [
-    _case("so400m 1 sample", 1, 56, 512, 0, 72, edge_keys=192, extra_flops=ROWS_OF_16),
+    _case("so400m 1 sample", 1, 56, 512, 0, 72, edge_keys=400, extra_flops=ROWS_OF_16),
     _case("so400m 16 samples, 1 extra token", 16, 57, 512, 1, 72, edge_keys=128, extra_flops=ROWS_OF_16),
     _case("so400m 3 views, 112 action tokens", 1, 112, 768, 0, 72, edge_keys=192, extra_flops=ROWS_OF_16),
     _case("dinov2-large 1 sample, 2 extra tokens", 1, 58, 522, 2, 64, edge_keys=138),

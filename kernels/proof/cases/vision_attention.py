@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -32,9 +33,9 @@ def _forward_inputs(views: int, patches: int, heads: int, head_dim: int) -> Tens
     }
 
 
-def _launch_forward(t: Tensors) -> None:
+def _launch_forward(t: Tensors, config: Mapping[str, int] | None = None) -> None:
     heads, scale = _heads_and_scale(t)
-    launch_vision_attention(t["qkv"], heads, scale, t["out"], t["lse"])
+    launch_vision_attention(t["qkv"], heads, scale, t["out"], t["lse"], config)
 
 
 def _reference_forward(t: Tensors) -> Tensors:
@@ -51,9 +52,9 @@ def _backward_inputs(views: int, patches: int, heads: int, head_dim: int) -> Ten
     return t | {"lse": lse, "grad_out": random(*t["out"].shape, seed=1), "dqkv": unwritten(*t["qkv"].shape)}
 
 
-def _launch_backward(t: Tensors) -> None:
+def _launch_backward(t: Tensors, config: Mapping[str, int] | None = None) -> None:
     heads, scale = _heads_and_scale(t)
-    launch_vision_attention_backward(t["grad_out"], t["qkv"], t["out"], t["lse"], heads, scale, t["dqkv"])
+    launch_vision_attention_backward(t["grad_out"], t["qkv"], t["out"], t["lse"], heads, scale, t["dqkv"], config)
 
 
 def _reference_backward(t: Tensors) -> Tensors:

@@ -3,7 +3,7 @@
 Registers of an attention kernel follow no line that ``static_model`` could draw, so each candidate is compiled for each
 target and the model reads what came out (``attention_facts.json``): programs that share a multiprocessor, spills, and
 the instructions of the hot loop. To these it adds what the shape asks for: tensor-core cycles, exponentials, shared
-memory reads of the older MMA, bytes from L2, waves, the latency of a program's own chain of products and softmax, and
+memory reads of the MMA, bytes from L2, waves, the latency of a program's own chain of products and softmax, and
 the combination of split keys or of the backward's shares of dq. The estimate ranks configurations. It is no measurement
 and is not to be quoted as a speed.
 
@@ -50,8 +50,9 @@ EXPOSED = 0.3
 # Targets that the compiler treats as another, but for how much a multiprocessor holds. The gate compiles what ships
 # for them all.
 TWINS: Mapping[Arch, Arch] = {87: 89, 110: 100}
+# Of code that a twin is judged by: the compiler may give it a few more, and 255 is all there are.
 MOST_REGISTERS = 252
-# Bytes of loads and stores in the hot loop that may be narrower than 16; the gate holds the shipped code to the same.
+# Of the bytes that the hot loop moves, in accesses narrower than 16; the gate holds what ships to it.
 NARROW_SHARE = 0.25
 
 

@@ -72,7 +72,8 @@ class Trainer:
             clock.lap("forward")
             engine.backward(outcome.loss)
             clock.lap("backward")
-            norm = self._whole_gradient() if config.zero.stage == 0 else None
+            is_last = micro == config.accumulation - 1
+            norm = self._whole_gradient() if config.zero.stage == 0 and is_last else None
             engine.step()
             clock.lap("optimizer")
             outcomes.append(Outcome(outcome.loss.detach(), outcome.prediction, outcome.target))

@@ -24,6 +24,8 @@ CONFIG = Path("train/configs/demo.yaml")
 SUITE, TASK = "object", "0"
 COLLECTED, HELD_OUT = "0-29", "30-49"
 DISPLACE_CM = 5
+REPLAN_EVERY = 8
+"""Steps between two looks: whole chunks."""
 MOVES = {
     "standard": ("as LIBERO places them", "--displace 0"),
     "moved": (f"moved by up to {DISPLACE_CM} cm", f"--displace {DISPLACE_CM}"),
@@ -59,7 +61,7 @@ def steps() -> Iterator[Step]:
         blind / "blind.json",
     )
     for move, (words, displace) in MOVES.items():
-        episodes = f"--suite {SUITE} --tasks {TASK} --init-states {HELD_OUT} {displace} --replan-every 8"
+        episodes = f"--suite {SUITE} --tasks {TASK} --init-states {HELD_OUT} {displace} --replan-every {REPLAN_EVERY}"
         images = "--size 160 --render fast"
         without, seeing = OUT / f"blind_{move}", OUT / f"policy_{move}"
         yield Step(
@@ -105,11 +107,11 @@ def summary() -> str:
             cells.append(f"{row['successes']}/{row['episodes']} ({100 * row['low']:.0f} to {100 * row['high']:.0f} %)")
         lines.append(f"{words:28} {cells[0]:>24} {cells[1]:>24}")
     predict = _result("policy_moved")["latency_ms"]["predict"]
-    rate = 8 * 1000 / predict["p50"]
+    rate = REPLAN_EVERY * 1000 / predict["p50"]
     lines += [
         "",
         f"policy latency, images to actions: p50 {predict['p50']:.1f} ms, p99 {predict['p99']:.1f} ms",
-        f"control rate it allows, re-planning every 8 steps: {rate:.0f} Hz (LIBERO runs at 20)",
+        f"control rate it allows, re-planning every {REPLAN_EVERY} steps: {rate:.0f} Hz (LIBERO runs at 20)",
         f"videos: {OUT}/policy_*/videos; reports: {OUT}/policy_standard/report.html, {OUT}/policy_moved/report.html",
     ]
     return "\n".join(lines)

@@ -176,6 +176,7 @@ RIVALS: dict[str, Callable[[Problem], Callable[[], Any]]] = {
     "OpenVINO bf16": _openvino("bf16"),
     "frozen bf16": _frozen("bf16"),
     "frozen int8": _frozen("int8"),
+    "frozen native fp32": _frozen("fp32", "native"),
     "frozen onednn fp32": _frozen("fp32", "onednn"),
     "frozen onednn bf16": _frozen("bf16", "onednn"),
     "torch.compile fp32": _compiled("default"),

@@ -8,24 +8,40 @@ import torch
 from benchmarks.variants import random_batch, randomise, small_config
 from vat_fast import VAT
 from vat_fast import model as model_module
-from vat_fast.ops import Choice, TorchOps, TritonOps, choose
+from vat_fast.native import library
+from vat_fast.ops import Choice, NativeOps, TorchOps, TritonOps, choose
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_choice_is_visible_and_never_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose("auto", CPU).ops is TorchOps
     assert choose("auto", CUDA).ops is TritonOps
     assert choose("torch", CUDA).ops is TorchOps
-    assert "no Triton kernels for 'cpu'" in choose("auto", CPU).reason
+    assert choose("torch", CPU).ops is TorchOps
+    assert "no kernels for 'mps'" in choose("auto", torch.device("mps")).reason
     with pytest.raises(ValueError, match="need tensors on a CUDA or ROCm device, these are on 'cpu'"):
         choose("triton", CPU)
     with pytest.raises(ValueError, match="backend must be"):
         choose("cutlass", CPU)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="need tensors on a CPU, these are on 'cuda'"):
+        choose("native", CUDA)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "not installed" in choose("auto", CUDA).reason
     with pytest.raises(ValueError, match="pip install triton"):
         choose("triton", CUDA)
+
+
+def test_a_cpu_gets_the_compiled_operators_or_the_reason_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in ("auto", "native"):
+        monkeypatch.setattr(library, "why_not", lambda: None)
+        assert choose(backend, CPU).ops is NativeOps
+        assert "compiled for this processor" in choose("auto", CPU).reason
+        monkeypatch.setattr(library, "why_not", lambda: "no C++ compiler was found")
+        if backend == "native":
+            with pytest.raises(ValueError, match=r"backend 'native' cannot run: no C\+\+ compiler"):
+                choose(backend, CPU)
+        else:
+            assert choose(backend, CPU) == Choice(TorchOps, "no C++ compiler was found")
 
 
 def test_a_model_obeys_its_backend() -> None:
@@ -43,13 +59,25 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_module, "choose", lambda backend, device: Choice(TritonOps, "test"))
 
 
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run VAT on the operators compiled for this processor."""
+    if library.why_not():
+        pytest.skip(str(library.why_not()))
+    monkeypatch.setattr(model_module, "choose", lambda backend, device: Choice(NativeOps, "test"))
+
+
 VARIANTS = ["VAT", "proprio", "shared weights", "last-layer baseline", "action width D/2", "no task", "diffusion"]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("backend", ["fused", "compiled"])
+@pytest.mark.parametrize("variant", [*VARIANTS, "frozen vision", "action only", "tanh GELU"])
 @pytest.mark.parametrize("preset", ["siglip2-so400m", "dinov2-large"])
-def test_fused_operators_compute_the_same_model(preset: str, variant: str, request: pytest.FixtureRequest) -> None:
+def test_backends_compute_the_same_model(
+    preset: str, variant: str, backend: str, request: pytest.FixtureRequest
+) -> None:
     vat = VAT(small_config(preset, variant))
+    vat.backend = "torch"
     randomise(vat, 0)
     batch = random_batch(vat.config, 2, 1)
 
@@ -60,7 +88,7 @@ def test_fused_operators_compute_the_same_model(preset: str, variant: str, reque
         return loss.detach(), {n: p.grad.clone() for n, p in vat.named_parameters() if p.grad is not None}
 
     plain_loss, plain = run()
-    request.getfixturevalue("fused")
+    request.getfixturevalue(backend)
     fused_loss, gradients = run()
     torch.testing.assert_close(fused_loss, plain_loss, rtol=1e-5, atol=1e-6)
     assert gradients.keys() == plain.keys()

@@ -15,11 +15,10 @@ from vat_fast.config import VATConfig
 from vat_fast.ops import MLPWeights, TorchOps
 
 
-def linear(x: Tensor, layer: nn.Linear, rows: slice | None = None) -> Tensor:
-    """`layer(x)`, or only the output features in `rows`."""
-    if rows is None:
-        return layer(x)
-    return F.linear(x, layer.weight[rows], layer.bias[rows])
+def parameters_of(layer: nn.Linear, rows: slice | None = None) -> tuple[Tensor, Tensor]:
+    """Weight and bias, or only the output features in `rows`."""
+    weight, bias = layer.weight, layer.bias
+    return (weight, bias) if rows is None else (weight[rows], bias[rows])
 
 
 class VisionBlock(nn.Module):
@@ -54,8 +53,8 @@ class VisionBlock(nn.Module):
 
     def forward(self, x_NPD: Tensor, qkv_NP3D: Tensor, ops: type[TorchOps]) -> Tensor:
         """The block's output, given `qkv = self.qkv(self.norm1(x))`; (N, P, D), N = B * V views."""
-        h = self.proj(ops.vision_attention(qkv_NP3D, self.num_heads, self.scale))
-        x_NPD = x_NPD + h if self.ls1 is None else torch.addcmul(x_NPD, h, self.ls1)
+        out = ops.vision_attention(qkv_NP3D, self.num_heads, self.scale)
+        x_NPD = ops.linear_residual(x_NPD, out, *parameters_of(self.proj), self.ls1)
         return ops.mlp(x_NPD, mlp_weights(self), self.eps, self.ls2, self.gelu)
 
 
@@ -158,11 +157,10 @@ class ActionBlock(nn.Module):
         na = ops.film_layernorm(a_BND, gamma, beta, w.norm1.weight, w.norm1.bias, c.norm_eps)
         extra = None
         if c.num_extra_tokens:
-            extra = linear(na[:, c.num_action_tokens :], w.key_value, w.key_value_rows)
-        q = linear(na, w.query, w.query_rows)
+            extra = ops.linear(na[:, c.num_action_tokens :], *parameters_of(w.key_value, w.key_value_rows))
+        q = ops.linear(na, *parameters_of(w.query, w.query_rows))
         out, attention = ops.cross_attention(q, memory_BS2D, c.num_heads, c.action_attention_scale, extra, need_map)
-        h = w.proj(out)
-        a_BND = a_BND + h if w.ls1 is None else torch.addcmul(a_BND, h, w.ls1)
+        a_BND = ops.linear_residual(a_BND, out, *parameters_of(w.proj), w.ls1)
         gelu = c.vision_gelu if c.action_stream == "shared" else "erf"
         return ops.action_mlp(a_BND, w.mlp, c.norm_eps, w.ls2, gelu), attention
 

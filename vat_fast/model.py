@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vat_fast.config import VATConfig
 from vat_fast.heads import DDIM, MLPHead, timestep_embedding
-from vat_fast.layers import ActionBlock, ActionPosition, Projector, VisionBlock, linear
+from vat_fast.layers import ActionBlock, ActionPosition, Projector, VisionBlock, parameters_of
 from vat_fast.ops import Backend, TorchOps, choose
 
 if TYPE_CHECKING:
@@ -118,9 +118,14 @@ class VAT(nn.Module):
         x = self._embed(pixels_BV3HW.flatten(0, 1))
         if c.action_stream == "last_layer":
             for block in self.vision_blocks:
-                x = block(x, block.qkv(block.norm1(x)), ops)
+                x, (qkv,) = _norm_linears(x, block.norm1, [parameters_of(block.qkv)], ops)
+                x = block(x, qkv, ops)
             x = x[:, c.num_prefix :].reshape(B, -1, c.width)
-            return [layer.key_value(layer.norm_vision(x)) for layer in self.action_blocks]
+            memories = []
+            for layer in self.action_blocks:
+                x, (memory,) = _norm_linears(x, layer.norm_vision, [parameters_of(layer.key_value)], ops)
+                memories.append(memory)
+            return memories
         memories = []
         for index in range(c.layers):
             memory, x = self._run(self._vision_layer, index, x, B, ops)
@@ -137,7 +142,8 @@ class VAT(nn.Module):
         x = self._embed(pixels_BV3HW.flatten(0, 1))
         read_only = self.config.action_stream != "last_layer"
         for block in self.vision_blocks[: -1 if read_only else None]:
-            x = block(x, block.qkv(block.norm1(x)), ops)
+            x, (qkv,) = _norm_linears(x, block.norm1, [parameters_of(block.qkv)], ops)
+            x = block(x, qkv, ops)
         return x.unflatten(0, pixels_BV3HW.shape[:2])
 
     def action_stream(
@@ -317,15 +323,19 @@ class VAT(nn.Module):
     def _vision_layer(self, index: int, x_NPD: Tensor, B: int, ops: type[TorchOps]) -> tuple[Tensor, Tensor]:
         """Layer `index` of the vision stream: its memory for the action stream, and what the next layer reads."""
         c, block, is_last = self.config, self.vision_blocks[index], index == self.config.layers - 1
-        nx = block.norm1(x_NPD)
         if c.action_stream == "shared":
             # Nothing asks for the last layer's vision queries.
-            qkv: Tensor = linear(nx, block.qkv, slice(c.width, None) if is_last else None)
+            rows = slice(c.width, None) if is_last else None
+            x_NPD, (qkv,) = _norm_linears(x_NPD, block.norm1, [parameters_of(block.qkv, rows)], ops)
             memory = qkv[..., -2 * c.width :].unflatten(0, (B, -1))
             memory = (memory[:, -1:] if c.shared_keys == "last_view" else memory).flatten(1, 2)
             return memory, x_NPD if is_last else block(x_NPD, qkv, ops)
-        memory = self.action_blocks[index].key_value(nx).unflatten(0, (B, -1)).flatten(1, 2)
-        return memory, x_NPD if is_last else block(x_NPD, block.qkv(nx), ops)
+        linears = [parameters_of(self.action_blocks[index].key_value)]
+        if not is_last:
+            linears.append(parameters_of(block.qkv))
+        x_NPD, (memory, *qkv) = _norm_linears(x_NPD, block.norm1, linears, ops)
+        memory = memory.unflatten(0, (B, -1)).flatten(1, 2)
+        return memory, x_NPD if is_last else block(x_NPD, *qkv, ops)
 
     def _embed(self, pixels_N3HW: Tensor) -> Tensor:
         """Patches with positions behind class and register tokens, (N, prefix + P, D)."""
@@ -402,3 +412,9 @@ class VAT(nn.Module):
             top = name.split(".")[0]
             trains = top not in vision if self.config.trainable == "frozen_vision" else top in action
             parameter.requires_grad_(trains)
+
+
+def _norm_linears(
+    x: Tensor, norm: nn.LayerNorm, linears: list[tuple[Tensor, Tensor]], ops: type[TorchOps]
+) -> tuple[Tensor, list[Tensor]]:
+    return ops.norm_linears(x, norm.weight, norm.bias, norm.eps, linears)

@@ -19,7 +19,7 @@ def calibration(config: VATConfig, seed: int = 5) -> list[dict[str, torch.Tensor
     return [{name: value for name, value in inputs.items() if name != "actions"}]
 
 
-@pytest.mark.parametrize("executor", ["openvino", "onednn"])
+@pytest.mark.parametrize("executor", ["openvino", "onednn", "native"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
 def test_every_variant_equals_the_reference(variant: str, executor: str) -> None:
@@ -87,7 +87,7 @@ def test_raw_bytes_are_normalised_inside() -> None:
     images = torch.randint(0, 256, (2, 2, S, S, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     plain, *others = (
         vat.freeze(batch=2, images="uint8", executor=executor)(images, 3)
-        for executor in ("torch", "openvino", "onednn")
+        for executor in ("torch", "openvino", "onednn", "native")
     )
     assert all(relative(actions, plain) < 1e-5 for actions in others)
 

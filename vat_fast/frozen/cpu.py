@@ -15,6 +15,7 @@ from vat_fast.frozen.int8 import QuantisedLinear, quantise_weights
 from vat_fast.frozen.plan import Plan
 from vat_fast.frozen.target import Executor, Target
 from vat_fast.frozen.weights import materialise
+from vat_fast.native import library
 from vat_fast.precision import multiplies_bfloat16
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _PRECISIONS: dict[str, tuple[str, ...]] = {
     "openvino": ("fp32", "bf16", "int8"),
     "onednn": ("fp32", "bf16"),
+    "native": ("fp32",),
     "torch": ("fp32", "bf16", "fp16"),
 }
 _CPU = torch.device("cpu")
@@ -62,6 +64,8 @@ def check_precision(target: Target) -> None:
             missing = find_spec("openvino") is None
             hint = "; pip install openvino for int8 on CPUs" if missing else '; executor="openvino" has it'
         raise ValueError(f"the {target.executor} executor has no {target.dtype}, only {', '.join(able)}{hint}")
+    if target.executor == "native" and (missing_library := library.why_not()):
+        raise ValueError(f"the native executor cannot run: {missing_library}")
     if target.executor == "openvino" and find_spec("openvino") is None:
         raise ValueError('the openvino executor needs the package openvino: pip install openvino, or executor="onednn"')
     if target.dtype == "bf16" and target.executor != "openvino" and not multiplies_bfloat16(_CPU):
@@ -113,5 +117,18 @@ def bind_onednn(vat: VAT, plans: Mapping[int, Plan], target: Target) -> dict[int
     packed = pack(largest, weights, largest.batch * largest.config.num_views * largest.config.tokens_per_view)
     return {
         B: OneDNNExecutor(plan, weights, materialise(plan.replace(weights={}), state, dtype, _CPU)[1], packed)
+        for B, plan in plans.items()
+    }
+
+
+def bind_native(vat: VAT, plans: Mapping[int, Plan], target: Target) -> dict[int, Any]:
+    """A native executor per plan, over one set of packed weights."""
+    from vat_fast.frozen.native_executor import NativeExecutor, pack
+
+    largest, state = plans[max(plans)], vat.state_dict()
+    weights, _ = materialise(largest, state, torch.float32, _CPU)
+    packed = pack(largest, weights)
+    return {
+        B: NativeExecutor(plan, weights, materialise(plan.replace(weights={}), state, torch.float32, _CPU)[1], packed)
         for B, plan in plans.items()
     }

@@ -12,7 +12,7 @@ from torch import Tensor
 from vat_fast.config import VATConfig
 from vat_fast.frozen.build import base_plan
 from vat_fast.frozen.checker import check
-from vat_fast.frozen.cpu import bind_onednn, bind_openvino, check_precision, cpu_executor
+from vat_fast.frozen.cpu import bind_native, bind_onednn, bind_openvino, check_precision, cpu_executor
 from vat_fast.frozen.memory import reuse_buffers
 from vat_fast.frozen.passes import check_names, run_passes
 from vat_fast.frozen.plan import Plan
@@ -98,7 +98,7 @@ class FrozenVAT:
             std=std,
             arch=None if executor == "triton" else Target.arch,
         )
-        if executor in ("openvino", "onednn", "torch") and self.device.type == "cpu":
+        if executor != "triton" and self.device.type == "cpu":
             check_precision(self.target)
         if calibration is None and executor == "openvino" and dtype == "int8":
             raise ValueError(
@@ -113,6 +113,8 @@ class FrozenVAT:
             self._runners = bind_openvino(vat, plans, self.target, wide, self._samples(calibration or ()))
         elif executor == "onednn":
             self._runners = bind_onednn(vat, plans, self.target)
+        elif executor == "native":
+            self._runners = bind_native(vat, plans, self.target)
         else:
             self._runners = _bind(vat, plans, self.target, self.device)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Executor = Literal["torch", "onednn", "openvino", "triton"]
+Executor = Literal["torch", "native", "onednn", "openvino", "triton"]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 
 

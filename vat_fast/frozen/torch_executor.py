@@ -283,18 +283,18 @@ def _as(x: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
 
 def _multiply(x: Tensor, weight_NK: Tensor, bias_N: Tensor, y: Tensor) -> None:
     """y (..., N) = x (..., K) W^T + b, one product where rows are evenly spaced, else one per sample."""
-    for x_MK, y_MN in _matrices(x, y):
+    for x_MK, y_MN in matrices(x, y):
         torch.addmm(bias_N, x_MK, weight_NK.t(), out=y_MN)
 
 
-def _matrices(x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """x and y, (B, tokens, width) or alike, as pairs of matrices."""
-    if all(z.ndim == 2 for z in (x, y)):
-        yield x, y
-    elif all(_even(z) for z in (x, y)):
-        yield x.flatten(0, -2), y.flatten(0, -2)
+def matrices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors (B, tokens, width) or alike as matrices: one of each where rows are evenly spaced, else one per sample."""
+    if all(x.ndim == 2 for x in tensors):
+        yield tensors
+    elif all(_even(x) for x in tensors):
+        yield tuple(x.flatten(0, -2) for x in tensors)
     else:
-        yield from zip(x.unbind(0), y.unbind(0), strict=True)
+        yield from zip(*(x.unbind(0) for x in tensors), strict=True)
 
 
 def _even(x: Tensor) -> bool:

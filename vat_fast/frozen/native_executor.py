@@ -1,0 +1,139 @@
+"""Runs a plan on CPUs with the operators compiled for the processor: float32, weights packed once, nothing allocated.
+
+Products write straight into the plan's buffers, with bias, activation and residual in the same pass; attention reads the
+packed projection where it lies. Every call's arguments are addresses that do not change, so they are made once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vat_fast.frozen.plan import Plan, Step
+from vat_fast.frozen.torch_executor import TorchExecutor, matrices, view
+from vat_fast.native.calls import Count, call, native
+from vat_fast.native.library import load
+
+Packed = dict[tuple[str, tuple[int, int] | None], Tensor]
+"""(weight, rows) -> packed weight."""
+
+_ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+
+
+def pack(plan: Plan, weights: dict[str, Tensor]) -> Packed:
+    """Every linear's weight in panels; the originals leave `weights`."""
+    packed: Packed = {}
+    for step in plan.all_steps:
+        if step.op == "linear":
+            name, part = step.weights["weight"], step.options.get("rows")
+            if (name, part) not in packed:
+                weight_NK = (weights[name] if part is None else weights[name][slice(*part)]).contiguous()
+                N, K = weight_NK.shape
+                packed[name, part] = weight_NK.new_empty(load().vat_packed_size(native(N), native(K)))
+                call("vat_pack", weight_NK, N, K, packed[name, part])
+    for name in {name for name, _ in packed}:
+        del weights[name]
+    return packed
+
+
+class NativeExecutor(TorchExecutor):
+    """A plan bound to packed weights.
+
+    Args:
+        plan: any plan in float32.
+        weights: as `weights.materialise` gives them, without what is packed.
+        constants: values of the plan's constant buffers.
+        packed: weights of the linears; shared by the plans of all batch sizes.
+    """
+
+    def __init__(
+        self, plan: Plan, weights: Mapping[str, Tensor], constants: Mapping[str, Tensor], packed: Packed
+    ) -> None:
+        self._packed = packed
+        super().__init__(plan, weights, constants, torch.device("cpu"))
+
+    def _bind(self, step: Step) -> Callable[[], None]:
+        bind = {"linear": self._bind_linear, "attention": self._bind_attention, "cross_attention": self._bind_cross}
+        return bind[step.op](step) if step.op in bind else super()._bind(step)
+
+    def _tensors(self, step: Step) -> tuple[dict[str, Tensor], Tensor]:
+        inputs = {role: view(self.tensors[access.buffer], access) for role, access in step.inputs.items()}
+        output = step.outputs["y"]
+        return inputs, view(self.tensors[output.buffer], output)
+
+    def _bind_linear(self, step: Step) -> Callable[[], None]:
+        x, y = self._tensors(step)
+        rows = step.options.get("rows")
+        packed, bias = self._packed[step.weights["weight"], rows], self.weights[step.weights["bias"]]
+        bias = bias if rows is None else bias[slice(*rows)]
+        activation = Count(_ACTIVATIONS[step.options.get("activation")])
+        scale = self.weights[step.weights["scale"]] if "scale" in step.weights else None
+        residual = x.get("residual")
+        products: list[Callable[[], None]] = []
+        for x_MK, y_MN, *added in matrices(x["x"], y, *([] if residual is None or scale is not None else [residual])):
+            r, r_row = (added[0], added[0].stride(0)) if added else (None, 0)
+            arguments = x_MK, x_MK.stride(0), *x_MK.shape, packed, bias, y_MN.shape[1], activation
+            products.append(_Call("vat_step_linear", *arguments, r, r_row, y_MN, y_MN.stride(0)))
+
+        def run() -> None:
+            for product in products:
+                product()
+            if scale is not None:  # LayerScale that no pass has folded into the weight
+                y.mul_(scale)
+                if residual is not None:
+                    y.add_(residual)
+
+        return products[0] if len(products) == 1 and scale is None else run
+
+    def _bind_attention(self, step: Step) -> Callable[[], None]:
+        x, y = self._tensors(step)
+        views = step.options["views"]
+        q, k, v = (part.unflatten(1, (views, -1)).flatten(0, 1) for part in x["qkv"].chunk(3, dim=-1))
+        return self._attention_call(q, k, v, y.unflatten(1, (views, -1)).flatten(0, 1), step)
+
+    def _bind_cross(self, step: Step) -> Callable[[], None]:
+        x, y = self._tensors(step)
+        kv = x["kv"]
+        if "kv_extra" not in x:
+            return self._attention_call(x["q"], *kv.chunk(2, dim=-1), y, step)
+        extra = x["kv_extra"]
+        both = self._scratch("keys", len(kv), extra.shape[1] + kv.shape[1], kv.shape[2])
+        attend = self._attention_call(x["q"], *both.chunk(2, dim=-1), y, step)
+
+        def run() -> None:
+            torch.cat([extra, kv], dim=1, out=both)
+            attend()
+
+        return run
+
+    def _attention_call(self, q: Tensor, k: Tensor, v: Tensor, y: Tensor, step: Step) -> Callable[[], None]:
+        (B, T, D), S, H = q.shape, k.shape[1], step.options["heads"]
+        return _Call(
+            "vat_attention_forward",
+            *(q, *q.stride()[:2], k, v, *k.stride()[:2], B, T, S, H, D // H, float(step.options["scale"])),
+            *(y, *y.stride()[:2], None),
+        )
+
+    def _normalise(
+        self, x: Tensor, eps: float, y: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+    ) -> None:
+        if x.is_contiguous() and y.is_contiguous():
+            call("vat_step_normalise", x, x.numel() // x.shape[-1], x.shape[-1], float(eps), y)
+            if weight is not None and bias is not None:
+                y.mul_(weight).add_(bias)
+        else:
+            super()._normalise(x, eps, y, weight, bias)
+
+
+class _Call:
+    """A call with its arguments made once, all but the number of threads."""
+
+    def __init__(self, name: str, *arguments: Any) -> None:
+        self._function, self._values = getattr(load(), name), [native(argument) for argument in arguments]
+        self._alive = arguments  # addresses alone would not keep tensors
+
+    def __call__(self) -> None:
+        self._function(*self._values, torch.get_num_threads())

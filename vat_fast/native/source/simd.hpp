@@ -1,0 +1,81 @@
+// Vectors of float, the functions of them that the kernels need, and how many there are on this processor.
+#pragma once
+
+#include <cstdint>
+
+#ifdef VAT_LANES  // by hand: the tests run the wide layout on narrow processors
+constexpr int LANES = VAT_LANES;
+#elif defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+// A tile of the output in registers: TILE_ROWS x (2 * LANES) sums, two vectors of B and one of A. LAST_ROWS is the largest
+// power of two below.
+#if defined(__AVX512F__)
+constexpr int TILE_ROWS = 12, LAST_ROWS = 8;  // 24 + 3 of 32 registers
+#elif defined(__AVX__)
+constexpr int TILE_ROWS = 6, LAST_ROWS = 4;  // 12 + 3 of 16
+#else
+constexpr int TILE_ROWS = 4, LAST_ROWS = 2;
+#endif
+constexpr int TILE_COLUMNS = 2 * LANES;
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t IntVector __attribute__((vector_size(4 * LANES)));
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+static inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+static inline void store(float* p, Vector v) { *reinterpret_cast<Unaligned*>(p) = v; }
+static inline Vector splat(float x) { return x - Vector{}; }
+static inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
+static inline Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
+
+static inline float sum(Vector v) {
+    float total = 0;
+    for (int i = 0; i < LANES; ++i) total += v[i];
+    return total;
+}
+
+static inline float largest(Vector v) {
+    float found = v[0];
+    for (int i = 1; i < LANES; ++i) found = v[i] > found ? v[i] : found;
+    return found;
+}
+
+// e^x to 2 units in the last place; below -87 it stays at e^-87. NaN stays NaN: a comparison with it is false, and then
+// `larger` and `smaller` return their second argument.
+static inline Vector exponential(Vector x) {
+    x = smaller(splat(88.0f), larger(splat(-87.0f), x));
+    // Adding 1.5 * 2^23 rounds to an integer n, which then stands in the lowest bits.
+    const Vector shifted = x * 1.44269504f + 12582912.0f;
+    const Vector n = shifted - 12582912.0f;
+    const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // x - n log 2, in two parts; |r| <= 0.35
+    // The power series of e^r, in pairs: a long chain of dependent operations would leave the processor waiting.
+    const Vector r2 = r * r, r4 = r2 * r2;
+    const Vector high = (r * 1.98412698e-4f + 1.38888889e-3f) * r2 + (r * 8.33333333e-3f + 4.16666667e-2f);
+    const Vector low = (r * 1.66666667e-1f + 0.5f) * r2 + (r + 1.0f);
+    const Vector p = high * r4 + low;
+    return (Vector)((IntVector)p + ((IntVector)shifted << 23));
+}
+
+// erf(x) with an absolute error of 3e-7: x P(x^2) / Q(x^2), fitted to |x| <= 3.92 (1.6e-8 in exact arithmetic), beyond
+// which erf is 1 to 3e-8.
+static inline Vector error_function(Vector x) {
+    x = smaller(splat(3.92f), larger(splat(-3.92f), x));
+    const Vector t = x * x, t2 = t * t, t4 = t2 * t2;
+    const Vector p = (t * 2.03473996e-6f + 2.87479258e-4f) * t4 +
+                     ((t * 3.86831278e-3f + 5.30604345e-2f) * t2 + (t * 1.92763693e-1f + 1.12837902f));
+    const Vector q = (t * 3.80706868e-5f + 1.18811201e-3f) * t4 +
+                     ((t * 1.51722657e-2f + 1.15084470e-1f) * t2 + (t * 5.04164041e-1f + 1.0f));
+    return x * p / q;
+}
+
+// The cumulative function of the normal distribution: GELU is u cumulative(u).
+static inline Vector cumulative(Vector u) { return error_function(u * 0.707106781f) * 0.5f + 0.5f; }
+
+// Its density; GELU's derivative is cumulative(u) + u density(u).
+static inline Vector density(Vector u) { return exponential(u * u * -0.5f) * 0.398942280f; }

@@ -1,0 +1,66 @@
+// What a frozen policy runs: a linear on a weight packed once, with activation and residual in the same pass.
+
+#include <omp.h>
+
+#include "norm.hpp"
+#include "products.hpp"
+
+namespace {
+
+enum Activation { none, gelu, gelu_tanh, relu };
+
+// GELU's tanh form: x / (1 + e^(-2 sqrt(2 / pi) (x + 0.044715 x^3))).
+Vector tanh_gelu(Vector x) { return x / (1.0f + exponential((x * x * 0.044715f + 1.0f) * x * -1.59576912f)); }
+
+Vector activate(Vector x, int kind) {
+    if (kind == gelu) return x * cumulative(x);
+    if (kind == gelu_tanh) return tanh_gelu(x);
+    if (kind == relu) return larger(x, Vector{});
+    return x;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Floats of a packed weight (N, K).
+long vat_packed_size(long N, long K) { return padded(N) * K; }
+
+void vat_pack(const float* weight, long N, long K, float* out, int threads) {
+    pack_weight(weight, K, N, true, threads, out);
+}
+
+// out (M, N) = residual + activation(x W^T + bias). Rows of x, residual and out are `..._row` apart; residual may be null,
+// and may be out.
+void vat_step_linear(const float* x, long x_row, long M, long K, const float* packed, const float* bias, long N,
+                     int activation, const float* residual, long residual_row, float* out, long out_row, int threads) {
+    const long blocks = (M + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    // Where the blocks of rows do not share out evenly, each thread has a range of panels of every block.
+    const long parts = blocks % threads ? threads : 1, all = panels(N);
+#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
+    for (long block = 0; block < blocks; ++block)
+        for (long part = 0; part < parts; ++part) {
+            const long first = block * BLOCK_ROWS, rows = std::min<long>(BLOCK_ROWS, M - first);
+            const float* added = residual ? residual + first * residual_row : nullptr;
+            float* target = out + first * out_row;
+            const long n0 = all * part / parts * TILE_COLUMNS;
+            const long n1 = std::min(all * (part + 1) / parts * TILE_COLUMNS, N);
+            product_range<Layout::rows>(
+                {x + first * x_row, x_row}, packed, rows, n0, n1, K, [&](long m, long n, Vector low, Vector high) {
+                    const Pair b = load_row(bias, n, N);
+                    low = activate(low + b.low, activation), high = activate(high + b.high, activation);
+                    if (added) {
+                        const Pair r = load_row(added + m * residual_row, n, N);
+                        low += r.low, high += r.high;
+                    }
+                    store_row(target + m * out_row, n, N, low, high);
+                });
+        }
+}
+
+// out (M, D) = (x - mean) / std of each row; dense.
+void vat_step_normalise(const float* x, long M, long D, float eps, float* out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long m = 0; m < M; ++m) normalise_row(x + m * D, D, eps, out + m * D);
+}
+}

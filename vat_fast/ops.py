@@ -1,8 +1,8 @@
 """The operators a VAT layer is made of, one class per backend, and the choice between them.
 
-`VAT.backend` says what a model runs: "torch", "triton", "native" (operators compiled for this processor), or "auto", which
-is Triton where the tensors are on a CUDA or ROCm device, the compiled operators on CPUs, and PyTorch elsewhere. `choose`
-says which it is on a given device, and why.
+`VAT.backend` says what a model runs: "torch", "triton", "native" (operators compiled for this processor), or "auto":
+Triton where the tensors are on a CUDA or ROCm device; on CPUs the compiled operators where they can be built and are
+faster; PyTorch elsewhere. `choose` says which it is on a given device, and why.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def test_gelu_is_exact_in_its_tails() -> None:
 
 def test_inputs_may_lie_anyhow() -> None:
     x, w, b = randn(30, 7).t(), randn(30, 12).t(), randn(24)[::2]
-    assert not (x.is_contiguous() or w.is_contiguous() or b.is_contiguous())
+    assert not any(tensor.is_contiguous() for tensor in (x, w, b))
     compare(
         {"x": x, "w": w, "b": b},
         lambda i: [functions.linear(i["x"], i["w"], i["b"]).t()],
@@ -217,10 +217,12 @@ def test_equal_threads_give_equal_bits(threads: int) -> None:
 def test_what_nobody_asks_for_is_not_computed() -> None:
     x, w, b = randn(9, 16), randn(5, 16).requires_grad_(), randn(5)
     functions.linear(x, w, b).sum().backward()
-    assert w.grad is not None and w.grad.isfinite().all()
+    assert w.grad is not None
+    assert w.grad.isfinite().all()
     frozen, x = randn(5, 16), randn(9, 16).requires_grad_()
     functions.linear(x, frozen, b).sum().backward()
-    assert x.grad is not None and torch.allclose(x.grad, frozen.sum(0).expand(9, 16), atol=1e-5)
+    assert x.grad is not None
+    assert torch.allclose(x.grad, frozen.sum(0).expand(9, 16), atol=1e-5)
     with torch.no_grad():
         assert not functions.linear(x, w, b).requires_grad
 

@@ -1,7 +1,7 @@
 """Runs a plan on CPUs with the operators compiled for the processor: float32, weights packed once, nothing allocated.
 
-Products write straight into the plan's buffers, with bias, activation and residual in the same pass; attention reads the
-packed projection where it lies. Every call's arguments are addresses that do not change, so they are made once.
+Products write straight into the plan's buffers, with bias, activation and residual in the same pass; attention reads
+the packed projection where it lies. Every call's arguments are addresses that do not change, so they are made once.
 """
 
 from __future__ import annotations

@@ -288,7 +288,7 @@ def _multiply(x: Tensor, weight_NK: Tensor, bias_N: Tensor, y: Tensor) -> None:
 
 
 def matrices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Tensors (B, tokens, width) or alike as matrices: one of each where rows are evenly spaced, else one per sample."""
+    """Tensors (B, tokens, width) or alike as matrices: one each where rows are evenly spaced, else one per sample."""
     if all(x.ndim == 2 for x in tensors):
         yield tensors
     elif all(_even(x) for x in tensors):

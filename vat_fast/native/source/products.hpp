@@ -48,11 +48,17 @@ static inline void pack_rows(const float* b, long stride, long K, long N, long n
 // Panel n / TILE_COLUMNS of the transpose of B (N, K) with rows `stride` apart.
 static inline void pack_transposed(const float* b, long stride, long K, long N, long n, float* out) {
     const long width = std::min<long>(TILE_COLUMNS, N - n);
-    if (width < TILE_COLUMNS) std::memset(out, 0, sizeof(float) * K * TILE_COLUMNS);
-    for (long j = 0; j < width; ++j) {
-        const float* row = b + (n + j) * stride;
-        for (long k = 0; k < K; ++k) out[k * TILE_COLUMNS + j] = row[k];
-    }
+    const long whole = width == TILE_COLUMNS ? K / LANES * LANES : 0;
+    for (long k = 0; k < whole; k += LANES)
+        for (long j = 0; j < TILE_COLUMNS; j += LANES) {
+            Vector square[LANES];
+            for (int i = 0; i < LANES; ++i) square[i] = load(b + (n + j + i) * stride + k);
+            transpose(square);
+            for (int i = 0; i < LANES; ++i) store(out + (k + i) * TILE_COLUMNS + j, square[i]);
+        }
+    for (long k = whole; k < K; ++k)
+        for (long j = 0; j < TILE_COLUMNS; ++j)
+            out[k * TILE_COLUMNS + j] = j < width ? b[(n + j) * stride + k] : 0.0f;
 }
 
 // All panels of B (K, N), or of the transpose of B (N, K), packed by all threads.

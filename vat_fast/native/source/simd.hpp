@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #ifdef VAT_LANES  // by hand: the tests run the wide layout on narrow processors
 constexpr int LANES = VAT_LANES;
@@ -45,6 +46,39 @@ static inline float largest(Vector v) {
     for (int i = 1; i < LANES; ++i) found = v[i] > found ? v[i] : found;
     return found;
 }
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define VAT_SHUFFLES 1
+#endif
+#endif
+
+#ifdef VAT_SHUFFLES
+// Exchanges the off-diagonal STEP x STEP blocks of every 2 STEP x 2 STEP block.
+template <int STEP, size_t... L>
+static inline void exchange(Vector (&r)[LANES], std::index_sequence<L...>) {
+    for (int i = 0; i < LANES; ++i) {
+        if (i & STEP) continue;
+        const Vector a = r[i], b = r[i + STEP];
+        r[i] = __builtin_shufflevector(a, b, (L & STEP ? LANES + L - STEP : L)...);
+        r[i + STEP] = __builtin_shufflevector(a, b, (L & STEP ? LANES + L : L + STEP)...);
+    }
+}
+
+template <int STEP = 1>
+static inline void transpose(Vector (&r)[LANES]) {
+    exchange<STEP>(r, std::make_index_sequence<LANES>());
+    if constexpr (2 * STEP < LANES) transpose<2 * STEP>(r);
+}
+#else
+static inline void transpose(Vector (&r)[LANES]) {
+    for (int i = 0; i < LANES; ++i)
+        for (int j = 0; j < i; ++j) {
+            const float kept = r[i][j];
+            r[i][j] = r[j][i], r[j][i] = kept;
+        }
+}
+#endif
 
 // e^x to 2 units in the last place; below -87 it stays at e^-87. NaN stays NaN: a comparison with it is false, and then
 // `larger` and `smaller` return their second argument.

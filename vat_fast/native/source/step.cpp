@@ -34,17 +34,16 @@ void vat_pack(const float* weight, long N, long K, float* out, int threads) {
 // and may be out.
 void vat_step_linear(const float* x, long x_row, long M, long K, const float* packed, const float* bias, long N,
                      int activation, const float* residual, long residual_row, float* out, long out_row, int threads) {
-    const long blocks = (M + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    // Where the blocks of rows do not share out evenly, each thread has a range of panels of every block.
-    const long parts = blocks % threads ? threads : 1, all = panels(N);
-#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
-    for (long block = 0; block < blocks; ++block)
-        for (long part = 0; part < parts; ++part) {
-            const long first = block * BLOCK_ROWS, rows = std::min<long>(BLOCK_ROWS, M - first);
+    // Each thread has its own range of columns, and so of the weight.
+    const long all = panels(N), parts = std::min<long>(threads, all);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long part = 0; part < parts; ++part) {
+        const long n0 = all * part / parts * TILE_COLUMNS;
+        const long n1 = std::min(all * (part + 1) / parts * TILE_COLUMNS, N);
+        for (long first = 0; first < M; first += BLOCK_ROWS) {
+            const long rows = std::min<long>(BLOCK_ROWS, M - first);
             const float* added = residual ? residual + first * residual_row : nullptr;
             float* target = out + first * out_row;
-            const long n0 = all * part / parts * TILE_COLUMNS;
-            const long n1 = std::min(all * (part + 1) / parts * TILE_COLUMNS, N);
             product_range<Layout::rows>(
                 {x + first * x_row, x_row}, packed, rows, n0, n1, K, [&](long m, long n, Vector low, Vector high) {
                     const Pair b = load_row(bias, n, N);
@@ -56,6 +55,7 @@ void vat_step_linear(const float* x, long x_row, long M, long K, const float* pa
                     store_row(target + m * out_row, n, N, low, high);
                 });
         }
+    }
 }
 
 // out (M, D) = (x - mean) / std of each row; dense.

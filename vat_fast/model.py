@@ -333,9 +333,9 @@ class VAT(nn.Module):
         linears = [parameters_of(self.action_blocks[index].key_value)]
         if not is_last:
             linears.append(parameters_of(block.qkv))
-        x_NPD, (memory, *qkv) = _norm_linears(x_NPD, block.norm1, linears, ops)
-        memory = memory.unflatten(0, (B, -1)).flatten(1, 2)
-        return memory, x_NPD if is_last else block(x_NPD, *qkv, ops)
+        x_NPD, outs = _norm_linears(x_NPD, block.norm1, linears, ops)
+        memory = outs[0].unflatten(0, (B, -1)).flatten(1, 2)
+        return memory, x_NPD if is_last else block(x_NPD, outs[1], ops)
 
     def _embed(self, pixels_N3HW: Tensor) -> Tensor:
         """Patches with positions behind class and register tokens, (N, prefix + P, D)."""

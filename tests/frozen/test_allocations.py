@@ -14,6 +14,8 @@ from benchmarks.variants import random_batch, small_config
 from tests.frozen.test_passes import models
 from vat_fast import VATConfig
 from vat_fast.frozen.engine import FrozenVAT
+from vat_fast.frozen.target import Executor
+from vat_fast.precision import computes_bfloat16_in_onednn
 
 
 def allocations(call: Callable[[], Any], folder: Path) -> list[int]:
@@ -55,10 +57,13 @@ def test_the_count_sees_every_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("images", ["float", "uint8"])
 @pytest.mark.parametrize("variant", ["VAT", "proprio", "shared weights", "last-layer baseline", "additive task"])
 @pytest.mark.parametrize("preset", ["siglip2-so400m", "dinov2-large"])
-def test_a_float32_step_allocates_nothing(preset: str, variant: str, images: str, batch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("executor", ["torch", "native"])
+def test_a_float32_step_allocates_nothing(
+    executor: Executor, preset: str, variant: str, images: str, batch: int, tmp_path: Path
+) -> None:
     """Prefix tokens and LayerScale (dinov2), extra tokens, FiLM in the residual: all of it."""
     vat, _ = models(small_config(preset, variant))
-    frozen = vat.freeze(batch=batch, executor="torch", images=images)
+    frozen = vat.freeze(batch=batch, executor=executor, images=images)
     assert allocations(one_step(frozen, batch), tmp_path) == []
 
 
@@ -86,7 +91,12 @@ def test_onednn_allocates_the_results_of_its_products(variant: str, tmp_path: Pa
     assert sum(size >= 1024 for size in found) <= by_op(frozen, linear=1)
 
 
-@pytest.mark.parametrize(("executor", "linear"), [("torch", 1), ("onednn", 2)])
+needs_onednn_bf16 = pytest.mark.skipif(
+    not computes_bfloat16_in_onednn(), reason="oneDNN has no bf16 products for this processor"
+)
+
+
+@pytest.mark.parametrize(("executor", "linear"), [("torch", 1), pytest.param("onednn", 2, marks=needs_onednn_bf16)])
 def test_bf16_allocates_in_three_ops(executor: str, linear: int, tmp_path: Path) -> None:
     """Products (oneDNN's scratch), norms and attention, which PyTorch has no other form of."""
     vat, _ = models(small_config("dinov2-large", "VAT"))

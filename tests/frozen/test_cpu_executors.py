@@ -9,7 +9,8 @@ from tests.frozen.test_passes import arguments, models
 from vat_fast import VATConfig
 from vat_fast.frozen import openvino_executor
 from vat_fast.frozen.cpu import cpu_executor
-from vat_fast.frozen.int8 import ALPHAS, Range, quantise_linear
+from vat_fast.frozen.int8 import ALPHAS, Range, quantise_linear, weight_levels
+from vat_fast.precision import computes_bfloat16_in_onednn
 
 pytest.importorskip("openvino", reason="needs the package openvino")
 
@@ -32,7 +33,12 @@ def test_every_variant_equals_the_reference(variant: str, executor: str) -> None
     assert relative(actions, reference(*args, **noise[1])) < (1e-3 if config.head == "diffusion" else 1e-5)
 
 
-@pytest.mark.parametrize("executor", ["openvino", "onednn"])
+needs_onednn_bf16 = pytest.mark.skipif(
+    not computes_bfloat16_in_onednn(), reason="oneDNN has no bf16 products for this processor"
+)
+
+
+@pytest.mark.parametrize("executor", ["openvino", pytest.param("onednn", marks=needs_onednn_bf16)])
 @pytest.mark.parametrize("variant", ["VAT", "no task", "proprio", "shared weights", "last-layer baseline"])
 @torch.inference_mode()
 def test_bf16_is_no_worse_than_the_reference_in_bf16(variant: str, executor: str) -> None:
@@ -113,6 +119,46 @@ def test_without_bfloat16_products_openvino_computes_in_float32(monkeypatch: pyt
     assert 0 < errors[False] < 1.05 * errors[True]
 
 
+def test_layer_scale_that_is_not_folded() -> None:
+    config = small_config("dinov2-large", "VAT")
+    vat, reference = models(config)
+    args = arguments(config, 3)
+    with torch.inference_mode():
+        actions = vat.freeze(batch=3, executor="native", without=["fold_layer_scale", "fold_norms"])(*args)
+        assert relative(actions, reference(*args)) < 1e-5
+
+
+def test_without_a_compiler_the_native_executor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    vat, _ = models(small_config("vit-tiny", "VAT"))
+    monkeypatch.setattr("vat_fast.native.library.why_not", lambda: "no C++ compiler was found")
+    with pytest.raises(ValueError, match=r"the native executor cannot run: no C\+\+ compiler was found"):
+        vat.freeze(executor="native")
+
+
+def test_onednn_says_where_it_has_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    vat, _ = models(small_config("vit-tiny", "VAT"))
+    monkeypatch.setattr("vat_fast.frozen.cpu.computes_bfloat16_in_onednn", lambda: False)
+    with pytest.raises(ValueError, match="oneDNN has no bf16 products for this processor"):
+        vat.freeze(dtype="bf16", executor="onednn")
+    monkeypatch.setattr("vat_fast.frozen.cpu.find_spec", lambda name: None)
+    assert cpu_executor("bf16", 192) == "torch"
+    assert cpu_executor("fp32", 192) != "torch"
+
+
+def test_weights_have_seven_bits_where_products_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.rand(64, 96, generator=generator), torch.randn(48, 96, generator=generator)
+    observed = Range(*x.aminmax(dim=0), x.square().mean(dim=0))
+    assert quantise_linear(weight, observed).weight.abs().max() == 127
+    narrow = quantise_linear(weight, observed, levels=63)
+    assert narrow.weight.abs().max() == 63
+    assert (narrow.weight * narrow.scale[:, None] - weight).abs().max() <= narrow.scale.max() / 2 * 1.001
+    for saturates, levels in ((True, 63), (False, 127)):
+        monkeypatch.setattr("vat_fast.frozen.int8.saturates_int8", lambda saturates=saturates: saturates)
+        assert weight_levels() == levels
+
+
+@needs_onednn_bf16
 def test_emulated_bfloat16_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     vat, _ = models(small_config("vit-tiny", "VAT"))
     monkeypatch.setattr("vat_fast.frozen.cpu.multiplies_bfloat16", lambda device: False)
@@ -134,5 +180,7 @@ def test_choice_and_refusals() -> None:
         vat.freeze(dtype="int8", calibration=[])
     with pytest.raises(ValueError, match="the onednn executor has no int8, only fp32, bf16"):
         vat.freeze(dtype="int8", executor="onednn")
+    with pytest.raises(ValueError, match="the native executor has no bf16, only fp32"):
+        vat.freeze(dtype="bf16", executor="native")
     with pytest.raises(ValueError, match="the openvino executor has no fp16"):
         vat.freeze(dtype="fp16", executor="openvino")

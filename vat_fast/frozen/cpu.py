@@ -16,7 +16,7 @@ from vat_fast.frozen.plan import Plan
 from vat_fast.frozen.target import Executor, Target
 from vat_fast.frozen.weights import materialise
 from vat_fast.native import library
-from vat_fast.precision import multiplies_bfloat16
+from vat_fast.precision import computes_bfloat16_in_onednn, multiplies_bfloat16
 
 if TYPE_CHECKING:
     from vat_fast.model import VAT
@@ -41,6 +41,7 @@ def cpu_executor(dtype: str, width: int) -> Executor:
     Without the package openvino: oneDNN; in fp16, which neither has on CPUs: PyTorch.
     """
     has_onednn = dtype in _PRECISIONS["onednn"] and torch.backends.mkldnn.is_available()
+    has_onednn = has_onednn and (dtype != "bf16" or computes_bfloat16_in_onednn())
     if has_onednn and dtype == "fp32" and width >= _WIDE:
         return "onednn"
     if dtype in _PRECISIONS["openvino"] and find_spec("openvino") is not None:
@@ -64,6 +65,11 @@ def check_precision(target: Target) -> None:
             missing = find_spec("openvino") is None
             hint = "; pip install openvino for int8 on CPUs" if missing else '; executor="openvino" has it'
         raise ValueError(f"the {target.executor} executor has no {target.dtype}, only {', '.join(able)}{hint}")
+    if target.executor == "onednn" and target.dtype == "bf16" and not computes_bfloat16_in_onednn():
+        raise ValueError(
+            "oneDNN has no bf16 products for this processor (they need AVX-512 or AVX-NE-CONVERT): "
+            'take dtype="fp32", or executor="openvino", which computes bf16 weights in float32'
+        )
     if target.executor == "native" and (missing_library := library.why_not()):
         raise ValueError(f"the native executor cannot run: {missing_library}")
     if target.executor == "openvino" and find_spec("openvino") is None:

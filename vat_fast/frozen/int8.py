@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vat_fast.frozen.plan import Plan, Step
+from vat_fast.precision import saturates_int8
 
 ALPHAS = (0.0, 0.35, 0.5, 0.65, 0.8)
 _EVEN = 4.0
@@ -39,7 +40,7 @@ class QuantisedLinear:
     """y = ((x / smooth) rounded to uint8 in [low, high]) (scale weight)^T."""
 
     weight: Tensor
-    """int8 (N, K), -127 to 127."""
+    """int8 (N, K), -127 to 127, or -63 to 63 where processors saturate."""
     scale: Tensor
     """float32 (N,)."""
     low: float
@@ -54,7 +55,14 @@ def quantised_steps(plan: Plan) -> list[Step]:
     return [step for step in plan.all_steps if "quantised" in step.options]
 
 
-def quantise_linear(weight_NK: Tensor, observed: Range, alphas: Sequence[float] = ALPHAS) -> QuantisedLinear:
+def weight_levels() -> int:
+    """The largest quantised weight on this CPU: 127, or 63 where 16-bit sums of 8-bit products would overflow."""
+    return 63 if saturates_int8() else 127
+
+
+def quantise_linear(
+    weight_NK: Tensor, observed: Range, alphas: Sequence[float] = ALPHAS, levels: int = 127
+) -> QuantisedLinear:
     """8-bit form of a linear.
 
     Args:
@@ -62,18 +70,19 @@ def quantise_linear(weight_NK: Tensor, observed: Range, alphas: Sequence[float] 
         observed: what its input was.
         alphas: how much of the input's unevenness may move into the weight, from 0 none to 1 all; the best is taken,
             and 0, which costs no time, where the best is hardly better.
+        levels: the largest quantised weight.
     """
     weight = weight_NK.float()
     largest_K = torch.maximum(observed.low.abs(), observed.high.abs()).float()
     smooth = None
     if largest_K.max() > _EVEN * largest_K.median():
         candidates = [_smoothing(weight, largest_K, alpha) for alpha in alphas if alpha > 0]
-        errors = [_expected_error(weight, observed, candidate) for candidate in candidates]
-        if errors and (0 not in alphas or min(errors) < _WORTH_IT * _expected_error(weight, observed, None)):
+        errors = [_expected_error(weight, observed, candidate, levels) for candidate in candidates]
+        if errors and (0 not in alphas or min(errors) < _WORTH_IT * _expected_error(weight, observed, None, levels)):
             smooth = candidates[errors.index(min(errors))]
     weight, low, high = _smoothed(weight, observed, smooth)
-    scale = _scale(weight)
-    rounded = (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8)
+    scale = _scale(weight, levels)
+    rounded = (weight / scale[:, None]).round().clamp(-levels, levels).to(torch.int8)
     return QuantisedLinear(rounded, scale, low, high, smooth)
 
 
@@ -86,11 +95,11 @@ def _smoothed(weight: Tensor, observed: Range, smooth: Tensor | None) -> tuple[T
     return weight, low, max(high, low + 1e-6)
 
 
-def _scale(weight: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(weight, torch.inf, dim=1).clamp(min=1e-12) / 127
+def _scale(weight: Tensor, levels: int) -> Tensor:
+    return torch.linalg.vector_norm(weight, torch.inf, dim=1).clamp(min=1e-12) / levels
 
 
-def _expected_error(weight_NK: Tensor, observed: Range, smooth: Tensor | None) -> float:
+def _expected_error(weight_NK: Tensor, observed: Range, smooth: Tensor | None, levels: int) -> float:
     """Mean square error of y to expect, rounding being uniform noise of variance step^2 / 12 on every input and weight.
 
     E (y' - y)_n^2 = dx^2 / 12 sum_k (W s)_nk^2 + dw_n^2 / 12 sum_k E x_k^2 / s_k^2; the sum of it over n.
@@ -98,7 +107,7 @@ def _expected_error(weight_NK: Tensor, observed: Range, smooth: Tensor | None) -
     weight, low, high = _smoothed(weight_NK, observed, smooth)
     square_K = observed.square.float() if smooth is None else observed.square.float() / smooth**2
     from_inputs = ((high - low) / 255) ** 2 * torch.linalg.vector_norm(weight) ** 2
-    from_weights = torch.linalg.vector_norm(_scale(weight)) ** 2 * square_K.sum()
+    from_weights = torch.linalg.vector_norm(_scale(weight, levels)) ** 2 * square_K.sum()
     return float(from_inputs + from_weights) / 12
 
 
@@ -106,10 +115,11 @@ def quantise_weights(
     plan: Plan, weights: Mapping[str, Tensor], observed: Mapping[str, Range]
 ) -> dict[str, QuantisedLinear]:
     """The 8-bit form of every quantised step, by step name; `weights` and `observed` as float tensors by name."""
-    quantised = {}
+    quantised, levels = {}, weight_levels()
     for step in quantised_steps(plan):
         rows = slice(*step.options.get("rows", (None, None)))
-        quantised[step.name] = quantise_linear(weights[step.weights["weight"]][rows], observed[step.name])
+        weight = weights[step.weights["weight"]][rows]
+        quantised[step.name] = quantise_linear(weight, observed[step.name], levels=levels)
     return quantised
 
 

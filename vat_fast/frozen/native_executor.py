@@ -98,10 +98,12 @@ class NativeExecutor(TorchExecutor):
         x, y = self._tensors(step)
         kv = x["kv"]
         if "kv_extra" not in x:
-            return self._attention_call(x["q"], *kv.chunk(2, dim=-1), y, step)
+            k, v = kv.chunk(2, dim=-1)
+            return self._attention_call(x["q"], k, v, y, step)
         extra = x["kv_extra"]
         both = self._scratch("keys", len(kv), extra.shape[1] + kv.shape[1], kv.shape[2])
-        attend = self._attention_call(x["q"], *both.chunk(2, dim=-1), y, step)
+        k, v = both.chunk(2, dim=-1)
+        attend = self._attention_call(x["q"], k, v, y, step)
 
         def run() -> None:
             torch.cat([extra, kv], dim=1, out=both)

@@ -173,7 +173,8 @@ class _MLP(torch.autograd.Function):
 class _SelfAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv_NP3D: Tensor, num_heads: int, scale: float) -> Tensor:
-        out, log_sum = _attention_forward(*qkv_NP3D.chunk(3, dim=-1), num_heads, scale)
+        q, k, v = qkv_NP3D.chunk(3, dim=-1)
+        out, log_sum = _attention_forward(q, k, v, num_heads, scale)
         ctx.save_for_backward(qkv_NP3D, out, log_sum)
         ctx.num_heads, ctx.scale = num_heads, scale
         return out
@@ -190,7 +191,8 @@ class _SelfAttention(torch.autograd.Function):
 class _CrossAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BTD: Tensor, kv_BS2D: Tensor, num_heads: int, scale: float) -> Tensor:
-        out, log_sum = _attention_forward(q_BTD, *kv_BS2D.chunk(2, dim=-1), num_heads, scale)
+        k, v = kv_BS2D.chunk(2, dim=-1)
+        out, log_sum = _attention_forward(q_BTD, k, v, num_heads, scale)
         ctx.save_for_backward(q_BTD, kv_BS2D, out, log_sum)
         ctx.num_heads, ctx.scale = num_heads, scale
         return out

@@ -18,6 +18,11 @@ def dtype_of(name: str) -> str:
     return next((dtype for dtype in COLOURS if name.endswith(dtype)), "fp32")
 
 
+def processor(conditions: dict[str, Any]) -> str:
+    """The processor's name, which alone may not tell what it can, and its widest instructions."""
+    return f"{conditions['cpu'].replace('(R)', '')} with {conditions['instructions']}"
+
+
 def waterfall(result: dict[str, Any], path: Path) -> None:
     """One bar per pass, milliseconds of the step with it and all before it; the error at its end."""
     bars = [{"name": "reference eager fp32", "p50_ms": result["reference_p50_ms"], "error": None}, *result["bars"]]
@@ -41,7 +46,7 @@ def waterfall(result: dict[str, Any], path: Path) -> None:
 
 
 def _panel(result: dict[str, Any]) -> tuple[str, str]:
-    return result["preset"], result["conditions"]["cpu"].replace("(R)", "")
+    return result["preset"], processor(result["conditions"])
 
 
 def latency(results: list[dict[str, Any]], path: Path) -> None:

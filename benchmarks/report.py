@@ -33,7 +33,8 @@ result is not timed. Precisions below fp32 on random weights: a trained model is
 def step_table(result: dict[str, Any]) -> list[str]:
     """One shape: a row per rival, fastest first."""
     lines = [
-        f"### {result['preset']}, batch {result['batch']}, {result['views']} views, {result['conditions']['cpu']}",
+        f"### {result['preset']}, batch {result['batch']}, {result['views']} views, "
+        f"{plots.processor(result['conditions'])}",
         "",
         "| who | p50 ms | p90 | p99 | times reference | error | samples/s | built in s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -106,6 +107,7 @@ def render(results: list[dict[str, Any]]) -> str:
     lines += ["## On a CPU", "", "![latency and throughput](latency.png)", ""]
     for result in steps:
         lines += [*step_table(result), conditions_line(result), ""]
+    steadiness: list[str] = []
     for result in results:
         if result["kind"] == "waterfall":
             picture = f"![waterfall](waterfall-{result['preset']}.png)"
@@ -118,7 +120,9 @@ def render(results: list[dict[str, Any]]) -> str:
                 "",
             ]
         if result["kind"] == "soak":
-            lines += ["## Steadiness", "", *_soak(result), ""]
+            steadiness += ["", *_soak(result), ""]
+    if steadiness:
+        lines += ["## Steadiness", *steadiness]
     cold = [result for result in results if result["kind"] == "cold_start"]
     if cold:
         lines += ["## Cold start", "", *_cold_start(cold), ""]

@@ -170,8 +170,14 @@ def test_emulated_bfloat16_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "bfloat16" not in vat.freeze(executor="openvino").explain()
 
 
-def test_choice_and_refusals() -> None:
+def test_choice_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     vat, _ = models(small_config("vit-tiny", "VAT"))
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    assert [cpu_executor("fp32", width) for width in (192, 1152)] == ["native", "native"]
+    monkeypatch.setattr("vat_fast.native.library.why_not", lambda: "no C++ compiler was found")
+    assert cpu_executor("fp32", 192) == "openvino"
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     assert [cpu_executor(dtype, 192) for dtype in ("fp32", "bf16", "int8", "fp16")] == ["openvino"] * 3 + ["torch"]
     assert [cpu_executor(dtype, 1152) for dtype in ("fp32", "bf16", "int8")] == ["onednn", "openvino", "openvino"]
     with pytest.raises(ValueError, match="int8 needs calibration"):

@@ -227,6 +227,25 @@ def test_what_nobody_asks_for_is_not_computed() -> None:
         assert not functions.linear(x, w, b).requires_grad
 
 
+def test_what_does_not_fit_is_refused() -> None:
+    x, w, b, norm = randn(4, 8), randn(6, 8), randn(6), torch.ones(8)
+    for weight, bias in ((randn(6, 9), b), (w, randn(5)), (w[0], b)):
+        with pytest.raises(ValueError, match=r"needs a weight \(N, 8\) and a bias"):
+            functions.linear(x, weight, bias)
+        with pytest.raises(ValueError, match=r"needs a weight \(N, 8\) and a bias"):
+            functions.norm_linears(x, norm, norm, 1e-6, [(w, b), (weight, bias)])
+    with pytest.raises(ValueError, match=r"residual must be \(4, 6\), got \(4, 5\)"):
+        functions.linear(x, w, b, randn(4, 5))
+    with pytest.raises(ValueError, match=r"fc2 must give 8 numbers"):
+        functions.mlp(x, norm, norm, 1e-6, (w, b), (randn(7, 6), randn(7)))
+    with pytest.raises(ValueError, match="is not q, k, v of 2 heads"):
+        functions.vision_attention(randn(1, 3, 8), 2, 1.0)
+    with pytest.raises(ValueError, match=r"do not fit to k\|v"):
+        functions.cross_attention(randn(2, 3, 8), randn(2, 5, 8), 2, 1.0)
+    with pytest.raises(TypeError, match=r"take float32 on the CPU, got torch.bfloat16"):
+        functions.linear(x, w.bfloat16(), b.bfloat16())
+
+
 def test_a_missing_or_failing_compiler_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(library.BuildError, match="cannot compile the operators"):
         library.build(library._compiler(), tmp_path, ("-DVAT_LANES=nonsense",))

@@ -30,15 +30,25 @@ def call(name: str, *arguments: Any) -> None:
 
 
 def native(argument: Any) -> Any:
-    """One argument as its C value; a tensor's memory must outlive the call."""
+    """One argument as its C value; a tensor's memory must outlive the call.
+
+    Raises:
+        TypeError: a tensor of another dtype than float32, or elsewhere than on the CPU.
+    """
     if argument is None:
         return None
     if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
+        return ctypes.c_void_p(_address(argument))
     if isinstance(argument, float):
         return ctypes.c_float(argument)
     if isinstance(argument, list):
         if isinstance(argument[0], int):
             return (ctypes.c_long * len(argument))(*argument)
-        return (ctypes.c_void_p * len(argument))(*(None if a is None else a.data_ptr() for a in argument))
+        return (ctypes.c_void_p * len(argument))(*(None if a is None else _address(a) for a in argument))
     return ctypes.c_int(argument) if isinstance(argument, Count) else ctypes.c_long(argument)
+
+
+def _address(tensor: Tensor) -> int:
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise TypeError(f"the compiled operators take float32 on the CPU, got {tensor.dtype} on {tensor.device}")
+    return tensor.data_ptr()

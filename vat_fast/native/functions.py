@@ -31,14 +31,26 @@ def norm_linears(
     """x as it came, to go on with, and each linear of its LayerNorm; (B, N, D) -> (B, N, N_i).
 
     Going on with the returned x lets both gradients of x be added in one pass.
+
+    Raises:
+        ValueError: a weight or bias that does not fit.
     """
+    for weight, bias in linears:
+        _check_linear(x_BND.shape[-1], weight, bias)
     flat = [tensor for pair in linears for tensor in pair]
     x, *outs = _NormLinears.apply(x_BND.contiguous(), norm_weight, norm_bias, eps, *_dense(flat))
     return x, outs
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-    """(..., K) -> (..., N), on top of `residual` (..., N) where given."""
+    """(..., K) -> (..., N), on top of `residual` (..., N) where given.
+
+    Raises:
+        ValueError: a weight, bias or residual that does not fit.
+    """
+    _check_linear(x.shape[-1], weight, bias)
+    if residual is not None and residual.shape != (*x.shape[:-1], len(weight)):
+        raise ValueError(f"residual must be {(*x.shape[:-1], len(weight))}, got {tuple(residual.shape)}")
     residual = None if residual is None else residual.contiguous()
     out: Tensor = _Linear.apply(x.contiguous(), *_dense([weight, bias]), residual)
     return out
@@ -52,19 +64,40 @@ def mlp(
     fc1: tuple[Tensor, Tensor],
     fc2: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """(..., D) -> (..., D); GELU is the exact one."""
+    """(..., D) -> (..., D); GELU is the exact one.
+
+    Raises:
+        ValueError: weights that do not fit together.
+    """
+    _check_linear(x.shape[-1], *fc1)
+    _check_linear(len(fc1[0]), *fc2)
+    if len(fc2[0]) != x.shape[-1]:
+        raise ValueError(f"fc2 must give {x.shape[-1]} numbers, its weight is {tuple(fc2[0].shape)}")
     out: Tensor = _MLP.apply(x.contiguous(), norm_weight, norm_bias, eps, *_dense([*fc1, *fc2]))
     return out
 
 
 def vision_attention(qkv_NP3D: Tensor, num_heads: int, scale: float) -> Tensor:
-    """Self-attention within each of N views from a packed q|k|v projection; (N, P, D)."""
+    """Self-attention within each of N views from a packed q|k|v projection; (N, P, D).
+
+    Raises:
+        ValueError: a width that is not 3 x heads x head_dim.
+    """
+    if qkv_NP3D.shape[-1] % (3 * num_heads):
+        raise ValueError(f"a packed projection of width {qkv_NP3D.shape[-1]} is not q, k, v of {num_heads} heads")
     out: Tensor = _SelfAttention.apply(qkv_NP3D.contiguous(), num_heads, scale)
     return out
 
 
 def cross_attention(q_BTD: Tensor, kv_BS2D: Tensor, num_heads: int, scale: float) -> Tensor:
-    """Queries (B, T, D) against packed k|v (B, S, 2D); (B, T, D)."""
+    """Queries (B, T, D) against packed k|v (B, S, 2D); (B, T, D).
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    (B, _, D), packed = q_BTD.shape, kv_BS2D.shape
+    if D % num_heads or packed[0] != B or packed[2] != 2 * D:
+        raise ValueError(f"queries {tuple(q_BTD.shape)} of {num_heads} heads do not fit to k|v {tuple(packed)}")
     out: Tensor = _CrossAttention.apply(q_BTD.contiguous(), kv_BS2D.contiguous(), num_heads, scale)
     return out
 
@@ -291,3 +324,12 @@ def _rows(x: Tensor) -> int:
 
 def _dense(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
+
+
+def _check_linear(K: int, weight: Tensor, bias: Tensor) -> None:
+    """The library reads memory by these shapes, so they must be right."""
+    if weight.ndim != 2 or weight.shape[1] != K or bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"a linear of {K} inputs needs a weight (N, {K}) and a bias (N,), got {tuple(weight.shape)} and "
+            f"{tuple(bias.shape)}"
+        )

@@ -1,28 +1,26 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): low-rank updates of the vision stream's weights; the rest of it is frozen.
 
-The layers hand their weights, not their modules, to the operators of a backend, so an adapter that replaces a
-`Linear`'s forward, as the library peft does, would never be called. Here `weight` itself is `original + scale * up @
-down`, by PyTorch's parametrisations: the Triton kernels and the products in PyTorch see it alike, and the number of
-its operations is small against a product with all tokens of a batch.
+The adapters are the library peft's. The layers hand weights to the operators of a backend and never call the modules
+that peft puts around the linears; `vat_fast.layers.weight_of` reads the updated weight out of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from vat_fast.config import ConfigError
 from vat_fast.model import VAT
 
 LINEARS = ("qkv", "proj", "fc1", "fc2")
 """Of a vision block."""
+_BASE = ".base_layer."
+"""Between the name of a linear and that of its own parameter, once peft has put an adapter around it."""
 
 
 @dataclass(frozen=True)
@@ -72,49 +70,44 @@ class LoRAOptions:
         return self.alpha / self.rank
 
 
-class LowRank(nn.Module):
-    """A weight (N, K) -> weight + scale * up (N, R) @ down (R, K); `up` starts at zero, so nothing changes at first."""
-
-    def __init__(self, weight_NK: Tensor, options: LoRAOptions) -> None:
-        super().__init__()
-        N, K = weight_NK.shape
-        self.scale = options.scale
-        self.down = nn.Parameter(weight_NK.new_empty(options.rank, K))
-        self.up = nn.Parameter(weight_NK.new_zeros(N, options.rank))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-
-    def forward(self, weight_NK: Tensor) -> Tensor:
-        """(N, K) -> (N, K)."""
-        return torch.addmm(weight_NK, self.up.to(weight_NK.dtype), self.down.to(weight_NK.dtype), alpha=self.scale)
-
-
 def add_lora(vat: VAT, options: LoRAOptions) -> None:
     """Freeze the vision stream in place and put adapters on its linears; the action stream trains as before.
 
     Call it before the engine is made. Draws from PyTorch's global generator.
 
     Raises:
-        ConfigError: the model has adapters already, or shares its weights between the streams.
+        ConfigError: the model has adapters already, shares its weights between the streams or has too few layers, or
+            peft is not installed.
     """
     if vat.config.action_stream == "shared":
         raise ConfigError("train.lora needs a vision stream of its own; this model's streams share their weights")
     if has_lora(vat.state_dict()):
         raise ConfigError("this model has low-rank adapters already: merge them first")
+    # The last block may be read only through its norm.
+    if not any(hasattr(block, name) for block in vat.vision_blocks for name in options.targets):
+        raise ConfigError("train.lora has nothing to adapt: of this model's only vision block just the norm runs")
+    try:
+        # Brings transformers, which takes seconds.
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ConfigError("train.lora needs the library peft: pip install 'vat_fast[train]'") from error
+    trains: dict[nn.Parameter, bool] = {}
     for name, parameter in vat.named_parameters():
         top, *rest = name.split(".")
         if top in ("patch_embed", "pos_embed", "class_token", "register_tokens", "vision_blocks"):
             is_norm = top == "vision_blocks" and rest[1].startswith(("norm", "ls"))
-            parameter.requires_grad_(options.norms and is_norm)
-    for block in vat.vision_blocks:
-        for name in options.targets:
-            linear = getattr(block, name, None)  # the last block may be read only through its norm
-            if linear is not None:
-                parametrize.register_parametrization(linear, "weight", LowRank(linear.weight.detach(), options))
+            trains[parameter] = options.norms and is_norm
+        else:
+            trains[parameter] = parameter.requires_grad
+    linears = rf"vision_blocks\.\d+\.({'|'.join(options.targets)})"
+    inject_adapter_in_model(LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=linears), vat)
+    for parameter, flag in trains.items():  # peft has stopped all gradients but the adapters'
+        parameter.requires_grad_(flag)
 
 
 def has_lora(names: Iterable[str]) -> bool:
     """Whether the names of a state dict are those of a model with adapters."""
-    return any(name.endswith(".parametrizations.weight.original") for name in names)
+    return any(_BASE in name for name in names)
 
 
 def merge_lora(state: Mapping[str, Tensor], options: LoRAOptions) -> dict[str, Tensor]:
@@ -127,14 +120,15 @@ def merge_lora(state: Mapping[str, Tensor], options: LoRAOptions) -> dict[str, T
     """
     plain: dict[str, Tensor] = {}
     for name, value in state.items():
-        linear, marker, part = name.partition(".parametrizations.weight.")
-        if not marker:
-            plain[name] = value
-        elif part == "original":
+        if ".lora_" in name:
+            continue
+        linear, _, part = name.partition(_BASE)
+        if part == "weight":
             try:
-                up, down = (state[f"{linear}{marker}0.{factor}"].float() for factor in ("up", "down"))
+                up, down = (state[f"{linear}.{factor}.default.weight"].float() for factor in ("lora_B", "lora_A"))
             except KeyError as error:
                 raise ValueError(f"the adapter of {linear} has no {error.args[0]!r}") from error
-            merged = torch.addmm(value.float(), up, down, alpha=options.scale)
-            plain[f"{linear}.weight"] = merged.to(value.dtype)
+            plain[f"{linear}.weight"] = torch.addmm(value.float(), up, down, alpha=options.scale).to(value.dtype)
+        else:
+            plain[name.replace(_BASE, ".")] = value
     return plain

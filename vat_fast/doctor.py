@@ -17,6 +17,7 @@ _OPTIONAL = {
     "triton": ("fused GPU kernels", "comes with PyTorch's CUDA and ROCm builds on Linux"),
     "flash_attn": ("flash-attention on CUDA, used where it is faster", "pip install 'vat_fast[cuda]'"),
     "deepspeed": ("ZeRO training", "pip install 'vat_fast[train]'"),
+    "peft": ("low-rank adapters in training", "pip install 'vat_fast[train]'"),
     "h5py": ("LIBERO HDF5 demonstrations", "pip install 'vat_fast[data]'"),
 }
 _DISTRIBUTION = {"flash_attn": "flash-attn"}

@@ -6,6 +6,7 @@ A layer's modules only hold parameters and say how they combine; the arithmetic 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,24 @@ from vat_fast.ops import MLPWeights, TorchOps
 
 def parameters_of(layer: nn.Linear, rows: slice | None = None) -> tuple[Tensor, Tensor]:
     """Weight and bias, or only the output features in `rows`."""
-    weight, bias = layer.weight, layer.bias
+    weight, bias = weight_of(layer), layer.bias
     return (weight, bias) if rows is None else (weight[rows], bias[rows])
+
+
+def weight_of(layer: Any) -> Tensor:
+    """The weight of a linear, with its low-rank updates where the library peft has put adapters around it.
+
+    peft replaces a linear by a module that keeps it as `base_layer` and applies the adapters in its forward, which no
+    backend calls. That attribute tells the two apart, so that only who trains adapters needs peft.
+    """
+    if not hasattr(layer, "base_layer"):
+        weight: Tensor = layer.weight
+        return weight
+    base = weight = layer.base_layer.weight
+    if not (layer.merged or layer.disable_adapters):
+        for adapter in layer.active_adapters:
+            weight = weight + layer.get_delta_weight(adapter)
+    return weight.to(base.dtype)
 
 
 class VisionBlock(nn.Module):
@@ -193,5 +210,5 @@ class Projector(nn.Module):
 
 def mlp_weights(block: VisionBlock | ActionBlock) -> MLPWeights:
     """The MLP of a block, with the norm in front of it."""
-    norm, fc1, fc2 = block.norm2, block.fc1, block.fc2
-    return MLPWeights(norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    norm = block.norm2
+    return MLPWeights(norm.weight, norm.bias, *parameters_of(block.fc1), *parameters_of(block.fc2))

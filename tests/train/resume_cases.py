@@ -17,7 +17,7 @@ from vat_fast.train import launch
 from vat_fast.train.config import Config, config_from_dict
 from vat_fast.train.run import Run
 
-SIZE = {"image_size": 32, "depth": 2, "num_tasks": 2}
+SIZE = {"image_size": 32, "depth": 3, "num_tasks": 2}  # two vision blocks: one with linears, and its reader
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "stage 0": (0, {"precision": "fp32", "ema": 0.9}),
     "stage 2": (2, {"precision": "fp32"}),

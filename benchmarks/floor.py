@@ -1,6 +1,7 @@
 """This machine's floor for a plan: its matrix products at the best rate that any library at hand reaches here.
 
-Who is asked: oneDNN through PyTorch, and OpenVINO where it is installed, both with weights packed beforehand.
+Who is asked: oneDNN through PyTorch, OpenVINO where it is installed, and in fp32 the operators compiled here; all with
+weights packed beforehand.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ import numpy as np
 import torch
 
 from vat_fast.frozen.costs import gemm_shape, step_cost
+from vat_fast.frozen.native_executor import pack_weight
 from vat_fast.frozen.plan import Plan
+from vat_fast.native import library
+from vat_fast.native.calls import Count, call
 from vat_fast.precision import multiplies_bfloat16
 
 SECONDS = 0.15
@@ -25,10 +29,19 @@ _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def gemm_gflops(M: int, N: int, K: int, dtype: str) -> float:
     """Measured GFLOP/s of y (M, N) = x (M, K) W (N, K)^T + b with packed weights; dtype "fp32", "bf16" or "int8"."""
-    makers = [_int8 if dtype == "int8" else _onednn]
-    if dtype != "int8" and find_spec("openvino") is not None:
-        makers.append(_openvino)
-    return 2e-9 * M * N * K / min(_seconds(make(M, N, K, dtype)) for make in makers)
+    return 2e-9 * M * N * K / min(_seconds(make(M, N, K, dtype)) for make in makers(dtype).values())
+
+
+def makers(dtype: str) -> dict[str, Callable[[int, int, int, str], Callable[[int], Any]]]:
+    """Who has such products here, by name."""
+    if dtype == "int8":
+        return {"oneDNN": _int8}
+    found = {"oneDNN": _onednn}
+    if find_spec("openvino") is not None:
+        found["OpenVINO"] = _openvino
+    if dtype == "fp32" and library.why_not() is None:
+        found["the native operators"] = _native
+    return found
 
 
 def _seconds(call: Callable[[int], Any]) -> float:
@@ -66,6 +79,13 @@ def _openvino(M: int, N: int, K: int, dtype: str) -> Callable[[int], Any]:
 
     requests = [product() for _ in range(2)]
     return lambda i: requests[i].infer()
+
+
+def _native(M: int, N: int, K: int, dtype: str) -> Callable[[int], Any]:
+    x, bias, y = torch.randn(M, K), torch.randn(N), torch.empty(M, N)
+    packed = [pack_weight(torch.randn(N, K)) for _ in range(2)]
+    none = Count(0)
+    return lambda i: call("vat_step_linear", x, K, M, K, packed[i], bias, N, none, None, 0, y, N)
 
 
 def _int8(M: int, N: int, K: int, dtype: str) -> Callable[[int], Any]:

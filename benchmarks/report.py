@@ -50,14 +50,15 @@ def step_table(result: dict[str, Any]) -> list[str]:
     lines += ["", *_left_out(result["skipped"])]
     frozen = {row["dtype"]: row for row in reversed(result["rivals"]) if row["name"] == f"frozen {row['dtype']}"}
     shares = [
-        f"{dtype} {found['ms']:,.1f} ms, of which the frozen policy reaches {found['ms'] / frozen[dtype]['p50_ms']:.0%}"
+        f"{dtype} {found['ms']:,.1f} ms ({', '.join(found['of'])}), of which the frozen policy reaches "
+        f"{found['ms'] / frozen[dtype]['p50_ms']:.0%}"
         for dtype, found in result["floor"].items()
         if dtype in frozen
     ]
     lines += [
         "",
-        "Floor, all matrix products at the best rates that packed products of oneDNN or OpenVINO reach here at their "
-        f"shapes, attention at the best of its precision: {'; '.join(shares)}.",
+        "Floor, all matrix products at the best rate that any library's packed products reach here at their shapes, "
+        f"attention at the best of its precision: {'; '.join(shares)}.",
     ]
     if result["end_to_end"]:
         lines += [

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.floor import floor_ms, gemm_gflops
+from benchmarks.floor import floor_ms, gemm_gflops, makers
 from benchmarks.interleave import conditions, interleave
 from benchmarks.parity import relative
 from benchmarks.rivals import REFERENCE, RIVALS, Problem, build
@@ -91,7 +91,7 @@ def measure(
     floors = {}
     for dtype in DTYPES:
         milliseconds, rates = floor_ms(make_plan(problem.vat.config, batch, Target("torch", "fp32")), dtype)
-        floors[dtype] = {"ms": milliseconds, "gflops_by_shape": rates}
+        floors[dtype] = {"ms": milliseconds, "gflops_by_shape": rates, "of": list(makers(dtype))}
     outside = whole and END_TO_END not in skipped
     return {
         "kind": "step",

@@ -30,12 +30,17 @@ def pack(plan: Plan, weights: dict[str, Tensor]) -> Packed:
         if step.op == "linear":
             name, part = step.weights["weight"], step.options.get("rows")
             if (name, part) not in packed:
-                weight_NK = (weights[name] if part is None else weights[name][slice(*part)]).contiguous()
-                N, K = weight_NK.shape
-                packed[name, part] = weight_NK.new_empty(load().vat_packed_size(native(N), native(K)))
-                call("vat_pack", weight_NK, N, K, packed[name, part])
+                packed[name, part] = pack_weight(weights[name] if part is None else weights[name][slice(*part)])
     for name in {name for name, _ in packed}:
         del weights[name]
+    return packed
+
+
+def pack_weight(weight_NK: Tensor) -> Tensor:
+    """A linear's weight in the panels that `vat_step_linear` reads; flat."""
+    N, K = weight_NK.shape
+    packed = weight_NK.new_empty(load().vat_packed_size(native(N), native(K)))
+    call("vat_pack", weight_NK.contiguous(), N, K, packed)
     return packed
 
 

@@ -14,15 +14,10 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 
-// A tile of the output in registers: TILE_ROWS x (2 * LANES) sums, two vectors of B and one of A. LAST_ROWS is the largest
-// power of two below.
-#if defined(__AVX512F__)
-constexpr int TILE_ROWS = 12, LAST_ROWS = 8;  // 24 + 3 of 32 registers
-#elif defined(__AVX__)
-constexpr int TILE_ROWS = 6, LAST_ROWS = 4;  // 12 + 3 of 16
-#else
-constexpr int TILE_ROWS = 4, LAST_ROWS = 2;
-#endif
+// A tile of the output in registers: TILE_ROWS x (2 * LANES) sums, two vectors of B and one of A, 27 of 32 registers with
+// AVX-512, 15 of 16 with AVX, 11 else. LAST_ROWS is the largest power of two below.
+constexpr int TILE_ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 4;
+constexpr int LAST_ROWS = LANES == 16 ? 8 : LANES == 8 ? 4 : 2;
 constexpr int TILE_COLUMNS = 2 * LANES;
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));

@@ -1,6 +1,6 @@
 """Samples per second of the training loop, against a plain loop on the same demonstrations.
 
-    python -m benchmarks.training_speed    # prints a table and writes docs/training_speed.json, in fp32 .._fp32.json
+    python -m benchmarks.training_speed    # prints a table and writes docs/training_speed*.json
 
 The plain loop is what one would write: `ReferenceVAT` under autocast, PyTorch's AdamW, a `DataLoader` whose workers
 read LIBERO's HDF5 and augment with torchvision. Ours is `train/configs/vit_tiny_cpu.yaml` on the same file, packed
@@ -48,7 +48,11 @@ CONFIG = Path("train/configs/vit_tiny_cpu.yaml")
 GLOBAL_BATCH = 32
 PRECISION = "autocast" if multiplies_bfloat16("cpu") else "fp32"
 """Of both loops: what is fastest on this processor."""
-RESULT = Path("docs", "training_speed.json" if PRECISION == "autocast" else f"training_speed_{PRECISION}.json")
+_KIND = ("" if PRECISION == "autocast" else f"_{PRECISION}") + (
+    "" if torch.backends.cpu.get_cpu_capability() == "AVX512" else f"_{torch.backends.cpu.get_cpu_capability().lower()}"
+)
+RESULT = Path("docs", f"training_speed{_KIND}.json")
+"""One for each kind of processor: in bf16 with AVX-512, in fp32 with it, in fp32 without."""
 UNTIMED = 3
 """Steps at the front of a block: two batches wait in each worker's queue, one was being made."""
 LOOPS = {

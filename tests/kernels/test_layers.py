@@ -103,7 +103,8 @@ def test_last_vision_layer_is_one_launch_of_keys_and_values(trace):
     assert buffers.projected[..., : 3 * D].isnan().all(), "queries of a dead layer were computed"
     alone = buffers.keys_values.clone()
     layers.vision_layer(buffers, weights, stats)
-    torch.testing.assert_close(alone, buffers.keys_values, rtol=0, atol=0)
+    # Not bit for bit: in the interpreter NumPy multiplies, whose sums depend on the shape of the whole product.
+    torch.testing.assert_close(alone, buffers.keys_values, rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize(("batch", "num_extra"), [(1, 0), (2, 1)])
@@ -242,7 +243,8 @@ def test_shared_weights_read_keys_and_values_of_the_vision_projection(assert_err
     layers.vision_keys_values(buffers, weights, stats)
     alone = buffers.keys_values.clone()
     layers.vision_layer(buffers, weights, stats)
-    assert torch.equal(alone, buffers.keys_values)
+    # Not bit for bit: in the interpreter NumPy multiplies, whose sums depend on the shape of the whole product.
+    torch.testing.assert_close(alone, buffers.keys_values, rtol=1e-5, atol=5e-6)
     out, kv = layers.vision_layer_ref(x.double()[None], cast(layer, torch.float64), HEADS, EPS)
     eager, _ = layers.vision_layer_ref(x[None], layer, HEADS, EPS)
     assert_error_at_most_2x_eager(buffers.x, eager[0], out[0])

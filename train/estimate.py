@@ -221,8 +221,8 @@ def training_flops(config: VATConfig, lora: LoRAOptions | None = None) -> float:
 def activation_bytes(config: VATConfig, plan: TrainingPlan) -> int:
     """What the forward of one micro batch keeps for its backward.
 
-    With `recompute` that is what enters each layer, and everything of one layer while its backward runs. The count is
-    for PyTorch's operators; the Triton kernels keep less.
+    With `recompute` that is what enters each layer, and everything of one layer while its backward runs. On GPUs the
+    count is for PyTorch's operators; the Triton kernels keep less.
     """
     # Layers between the first and the last are alike: four and five of them tell what one more keeps.
     known = min(config.layers, 4)
@@ -269,6 +269,8 @@ def _saved_bytes(config: VATConfig, plan: TrainingPlan) -> int:
             vat = vat.to(half)
     with FakeTensorMode(allow_non_fake_inputs=True):
         vat = vat.to_empty(device="cpu")
+        if plan.kind == "gpu":
+            vat.backend = "torch"  # not what a CPU would run
         return saved_bytes(vat, plan.micro_batch, half if plan.precision == "autocast" else None)
 
 

@@ -155,6 +155,22 @@ def test_large_scores_do_not_overflow() -> None:
     )
 
 
+def test_nan_stays_nan(lanes: int | None) -> None:
+    """A run that has gone wrong must show it."""
+    norm, zero, eye = torch.ones(16), torch.zeros(16), torch.eye(16)
+    x = randn(3, 16)
+    x[1, 5] = torch.nan
+    y = functions.mlp(x, norm, zero, 1e-6, (eye, zero), (eye, zero))
+    assert y[1].isnan().all()
+    assert y[::2].isfinite().all()
+    for part in range(3):  # of query, key and value
+        qkv = randn(2, 20, 3 * 16)
+        qkv[1, 7, 16 * part + 3] = torch.nan
+        out = functions.vision_attention(qkv, 1, 0.5)
+        assert out[0].isfinite().all()
+        assert out[1, 7 if part == 0 else slice(None)].isnan().any(-1).all()
+
+
 def test_gelu_is_exact_in_its_tails() -> None:
     """With fc2 = 1 and the norm undone the output shows GELU itself."""
     u = torch.linspace(-12, 12, 4001)[:, None]

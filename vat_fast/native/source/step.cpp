@@ -15,7 +15,7 @@ Vector tanh_gelu(Vector x) { return x / (1.0f + exponential((x * x * 0.044715f +
 Vector activate(Vector x, int kind) {
     if (kind == gelu) return x * cumulative(x);
     if (kind == gelu_tanh) return tanh_gelu(x);
-    if (kind == relu) return larger(x, Vector{});
+    if (kind == relu) return larger(Vector{}, x);  // in this order NaN stays
     return x;
 }
 

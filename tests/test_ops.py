@@ -8,7 +8,7 @@ import torch
 from benchmarks.variants import random_batch, randomise, small_config
 from vat_fast import VAT
 from vat_fast import model as model_module
-from vat_fast.native import library
+from vat_fast.native import library, trial
 from vat_fast.ops import Choice, NativeOps, TorchOps, TritonOps, choose
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -32,6 +32,7 @@ def test_choice_is_visible_and_never_silent(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_cpu_gets_the_compiled_operators_or_the_reason_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "speed", lambda: 1.5)
     for backend in ("auto", "native"):
         monkeypatch.setattr(library, "why_not", lambda: None)
         assert choose(backend, CPU).ops is NativeOps

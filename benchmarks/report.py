@@ -58,8 +58,8 @@ def step_table(result: dict[str, Any]) -> list[str]:
     lines += [
         "",
         "Floor, all matrix products at the best rate that any library's packed products reach here at their shapes, "
-        "attention at the best of its precision, measured after the rounds (more than 100 %: the machine was slower then): "
-        f"{'; '.join(shares)}.",
+        "attention at the best of its precision, measured after the rounds (more than 100 %: the machine was slower "
+        f"then): {'; '.join(shares)}.",
     ]
     if result["end_to_end"]:
         lines += [

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.variants import random_batch, small_config
+from tests.frozen.marks import needs_onednn_bf16
 from tests.frozen.test_passes import models
 from vat_fast import VATConfig
 from vat_fast.frozen.engine import FrozenVAT
 from vat_fast.frozen.target import Executor
-from vat_fast.precision import computes_bfloat16_in_onednn
 
 
 def allocations(call: Callable[[], Any], folder: Path) -> list[int]:
@@ -89,11 +89,6 @@ def test_onednn_allocates_the_results_of_its_products(variant: str, tmp_path: Pa
     found = allocations(one_step(frozen, 1), tmp_path)
     assert len(found) == by_op(frozen, linear=2)
     assert sum(size >= 1024 for size in found) <= by_op(frozen, linear=1)
-
-
-needs_onednn_bf16 = pytest.mark.skipif(
-    not computes_bfloat16_in_onednn(), reason="oneDNN has no bf16 products for this processor"
-)
 
 
 @pytest.mark.parametrize(("executor", "linear"), [("torch", 1), pytest.param("onednn", 2, marks=needs_onednn_bf16)])

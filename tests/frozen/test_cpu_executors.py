@@ -5,12 +5,12 @@ import torch
 
 from benchmarks.parity import relative
 from benchmarks.variants import VARIANTS, random_batch, small_config
+from tests.frozen.marks import needs_onednn_bf16
 from tests.frozen.test_passes import arguments, models
 from vat_fast import VATConfig
 from vat_fast.frozen import openvino_executor
 from vat_fast.frozen.cpu import cpu_executor
 from vat_fast.frozen.int8 import ALPHAS, Range, quantise_linear, weight_levels
-from vat_fast.precision import computes_bfloat16_in_onednn
 
 pytest.importorskip("openvino", reason="needs the package openvino")
 
@@ -31,11 +31,6 @@ def test_every_variant_equals_the_reference(variant: str, executor: str) -> None
     actions = vat.freeze(batch=2, executor=executor)(*args, **noise[0])
     # Ten clipped denoising rounds carry rounding errors further; test_passes measures that against float64.
     assert relative(actions, reference(*args, **noise[1])) < (1e-3 if config.head == "diffusion" else 1e-5)
-
-
-needs_onednn_bf16 = pytest.mark.skipif(
-    not computes_bfloat16_in_onednn(), reason="oneDNN has no bf16 products for this processor"
-)
 
 
 @pytest.mark.parametrize("executor", ["openvino", pytest.param("onednn", marks=needs_onednn_bf16)])

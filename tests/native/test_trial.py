@@ -42,6 +42,14 @@ def test_of_two_processes_the_first_one_decides(elsewhere: Path, monkeypatch: py
     assert len(list(elsewhere.iterdir())) == 1
 
 
+def test_a_folder_that_cannot_be_written_is_no_obstacle(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(library, "path", lambda: tmp_path / "missing" / "native-0.so")
+    monkeypatch.setattr(trial, "_measure", lambda: 1.25)
+    trial.speed.cache_clear()
+    assert trial.speed() == 1.25
+    trial.speed.cache_clear()
+
+
 def test_slower_operators_are_not_taken(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trial, "_measure", lambda: 0.8)
     choice = choose("auto", torch.device("cpu"))

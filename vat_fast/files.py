@@ -27,6 +27,27 @@ def write_bytes(path: str | Path, content: bytes) -> None:
         raise
 
 
+def keep_first(path: Path, text: str) -> str:
+    """Write the file `path` unless another process has meanwhile; what it then holds. `text` if it cannot be written.
+
+    For answers that all processes must share although each could find its own.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text)
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            os.replace(draft, path)
+        draft.unlink(missing_ok=True)
+        return path.read_text()
+    except OSError:
+        return text
+
+
 def make_readable(path: str | Path) -> None:
     """Give a file that a library made private the mode of any new file: a saved policy is there to be read."""
     umask = os.umask(0)

@@ -9,7 +9,7 @@ from tests.frozen.marks import needs_onednn_bf16
 from tests.frozen.test_passes import arguments, models
 from vat_fast import VATConfig
 from vat_fast.frozen import openvino_executor
-from vat_fast.frozen.cpu import cpu_executor
+from vat_fast.frozen.cpu import Choice, candidates, cpu_executor
 from vat_fast.frozen.int8 import ALPHAS, Range, quantise_linear, weight_levels
 
 pytest.importorskip("openvino", reason="needs the package openvino")
@@ -136,8 +136,9 @@ def test_onednn_says_where_it_has_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(ValueError, match="oneDNN has no bf16 products for this processor"):
         vat.freeze(dtype="bf16", executor="onednn")
     monkeypatch.setattr("vat_fast.frozen.cpu.find_spec", lambda name: None)
-    assert cpu_executor("bf16", 192) == "torch"
-    assert cpu_executor("fp32", 192) != "torch"
+    assert candidates("bf16") == []
+    assert cpu_executor("bf16", vat.config).executor == "torch"
+    assert "onednn" in candidates("fp32")
 
 
 def test_weights_have_seven_bits_where_products_saturate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,14 +168,20 @@ def test_emulated_bfloat16_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_choice_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     vat, _ = models(small_config("vit-tiny", "VAT"))
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
-    assert [cpu_executor("fp32", width) for width in (192, 1152)] == ["native", "native"]
+    monkeypatch.setattr("vat_fast.frozen.cpu.computes_bfloat16_in_onednn", lambda: True)
+    assert [candidates(dtype) for dtype in ("fp32", "bf16", "int8", "fp16")] == [
+        ["native", "onednn", "openvino"],
+        ["onednn", "openvino"],
+        ["openvino"],
+        [],
+    ]
+    narrow = vat.config.replace(width=96, num_heads=vat.config.num_heads)
+    chosen = {dtype: cpu_executor(dtype, narrow) for dtype in ("fp32", "int8", "fp16")}
+    assert chosen["fp32"] == Choice("native", "a model 96 wide is too small for a trial")
+    assert chosen["int8"] == Choice("openvino", "the only one here for int8")
+    assert chosen["fp16"] == Choice("torch", "nothing else here computes in fp16")
     monkeypatch.setattr("vat_fast.native.library.why_not", lambda: "no C++ compiler was found")
-    assert cpu_executor("fp32", 192) == "openvino"
-    monkeypatch.undo()
-    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
-    assert [cpu_executor(dtype, 192) for dtype in ("fp32", "bf16", "int8", "fp16")] == ["openvino"] * 3 + ["torch"]
-    assert [cpu_executor(dtype, 1152) for dtype in ("fp32", "bf16", "int8")] == ["onednn", "openvino", "openvino"]
+    assert candidates("fp32") == ["onednn", "openvino"]
     with pytest.raises(ValueError, match="int8 needs calibration"):
         vat.freeze(dtype="int8")
     with pytest.raises(ValueError, match="calibration has no samples"):

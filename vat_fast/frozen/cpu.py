@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from vat_fast.config import VATConfig
+from vat_fast.frozen import executor_trial
 from vat_fast.frozen.calibration import observe
 from vat_fast.frozen.int8 import QuantisedLinear, quantise_weights
 from vat_fast.frozen.plan import Plan
-from vat_fast.frozen.target import Executor, Target
+from vat_fast.frozen.target import Executor, Precision, Target
 from vat_fast.frozen.weights import materialise
 from vat_fast.native import library
 from vat_fast.precision import computes_bfloat16_in_onednn, multiplies_bfloat16
@@ -30,30 +33,44 @@ _PRECISIONS: dict[str, tuple[str, ...]] = {
 _CPU = torch.device("cpu")
 
 
-def cpu_executor(dtype: str, width: int) -> Executor:
-    """The fastest executor that this machine has for a precision and a model width.
+@dataclass(frozen=True)
+class Choice:
+    """An executor and, in a few words, why it."""
 
-    Measured on 2 cores with AVX-512 (one sample, 2 views), times as fast as the eager reference in fp32: vit-tiny fp32
-    OpenVINO 1.53, oneDNN 1.31; bf16 2.42, 1.90; so400m fp32 oneDNN 1.43, equal with OpenVINO on 4 of its layers, in a
-    third of the memory; bf16 OpenVINO 2.72, oneDNN 2.59 in a third of the memory; int8 OpenVINO alone, 3.16 and 5.07.
-    On a processor that does not multiply bfloat16 (one core, vit-tiny: fp32 OpenVINO 47 ms, oneDNN 67) bf16 takes
-    oneDNN 212 ms, and OpenVINO, which computes it in float32 there, 48; int8 26.
-    Without AVX-512 (AMD Zen 3, vit-tiny) in fp32 native 1.92, OpenVINO 1.60, oneDNN 1.26; int8 1.41.
-    Without the package openvino: oneDNN; in fp16, which neither has on CPUs: PyTorch.
-    """
-    if dtype == "fp32" and torch.backends.cpu.get_cpu_capability() == "AVX2" and library.why_not() is None:
-        return "native"
-    has_onednn = dtype in _PRECISIONS["onednn"] and torch.backends.mkldnn.is_available()
-    has_onednn = has_onednn and (dtype != "bf16" or computes_bfloat16_in_onednn())
-    if has_onednn and dtype == "fp32" and width >= _WIDE:
-        return "onednn"
+    executor: Executor
+    reason: str
+
+
+def candidates(dtype: str) -> list[Executor]:
+    """The executors that this machine has for a precision, in the order of the memory they need."""
+    found: list[Executor] = []
+    if dtype in _PRECISIONS["native"] and library.why_not() is None:
+        found.append("native")
+    has_onednn = torch.backends.mkldnn.is_available() and (dtype != "bf16" or computes_bfloat16_in_onednn())
+    if dtype in _PRECISIONS["onednn"] and has_onednn:
+        found.append("onednn")
     if dtype in _PRECISIONS["openvino"] and find_spec("openvino") is not None:
-        return "openvino"
-    return "onednn" if has_onednn else "torch"
+        found.append("openvino")
+    return found
 
 
-_WIDE = 1024
-"""Between the widths that were measured, 192 and 1152."""
+def cpu_executor(dtype: Precision, config: VATConfig) -> Choice:
+    """The fastest executor that this machine has for a precision and a model, by a trial (`executor_trial`).
+
+    PyTorch's operators where nothing else is there: in fp16, and in bf16 without the package openvino on processors
+    for which oneDNN has no such products.
+    """
+    able = candidates(dtype)
+    if not able:
+        return Choice("torch", f"nothing else here computes in {dtype}")
+    if len(able) == 1:
+        return Choice(able[0], f"the only one here for {dtype}")
+    if config.width < executor_trial.SMALLEST_WIDTH:
+        return Choice(able[0], f"a model {config.width} wide is too small for a trial")
+    taken = executor_trial.milliseconds(config, dtype, able)
+    times = ", ".join(f"{name} {ms:.3g} ms" for name, ms in taken.items())
+    name = executor_trial.choose(taken)
+    return Choice(next(one for one in able if one == name), f"{executor_trial.LAYERS} layers took {times}")
 
 
 def check_precision(target: Target) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from vat_fast.config import VATConfig
 from vat_fast.frozen.build import base_plan
 from vat_fast.frozen.checker import check
-from vat_fast.frozen.cpu import bind_native, bind_onednn, bind_openvino, check_precision, cpu_executor
+from vat_fast.frozen.cpu import Choice, bind_native, bind_onednn, bind_openvino, check_precision, cpu_executor
 from vat_fast.frozen.memory import reuse_buffers
 from vat_fast.frozen.passes import check_names, run_passes
 from vat_fast.frozen.plan import Plan
@@ -89,7 +89,8 @@ class FrozenVAT:
             raise ValueError(f"batch sizes must be at least 1, got {batch}")
         if images not in ("float", "uint8"):
             raise ValueError(f'images must be "float" or "uint8", got {images!r}')
-        executor = executor or default_executor(self.device, dtype, self.config.width)
+        choice = Choice(executor, "as asked") if executor else default_executor(self.device, dtype, self.config)
+        executor, self.executor_reason = choice.executor, choice.reason
         self.target = Target(
             executor=executor,
             dtype=dtype,
@@ -176,7 +177,8 @@ class FrozenVAT:
         """Every step with its cost, the passes with what each saved, and the bounds; see `explain.Explanation`."""
         from vat_fast.frozen.explain import explain
 
-        return explain(self.config, self.target, batch=batch, device=device).text()
+        text = explain(self.config, self.target, batch=batch, device=device).text()
+        return f"{text}\n\nRun by {self.target.executor}: {self.executor_reason}."
 
     def _samples(self, calibration: Iterable[Mapping[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         """Checked calibration inputs, one sample each."""
@@ -232,11 +234,13 @@ class FrozenVAT:
         return inputs
 
 
-def default_executor(device: torch.device, dtype: str, width: int) -> Executor:
+def default_executor(device: torch.device, dtype: Precision, config: VATConfig) -> Choice:
     """The fastest executor for a device: Triton's kernels on CUDA and ROCm, see `cpu.cpu_executor` on CPUs."""
+    if device.type == "cpu":
+        return cpu_executor(dtype, config)
     if device.type == "cuda":
-        return "triton"
-    return cpu_executor(dtype, width) if device.type == "cpu" else "torch"
+        return Choice("triton", "the kernels for CUDA and ROCm")
+    return Choice("torch", f"nothing else here runs on {device.type}")
 
 
 def make_plan(

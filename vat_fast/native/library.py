@@ -114,13 +114,13 @@ def _compiler() -> str:
 
 def _key(command: list[str]) -> str:
     """Names a build: what is compiled, by what, for which processor."""
-    parts = [*command, platform.machine(), _processor()]
+    parts = [*command, platform.machine(), processor()]
     parts.append(subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout)
     parts += [file.read_text() for file in sorted(_SOURCE.iterdir())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _processor() -> str:
+def processor() -> str:
     """Model and instruction sets, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

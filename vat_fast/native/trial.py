@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn import functional as F
 
+from vat_fast.files import keep_first
 from vat_fast.native import functions, library
 
 _ROWS, _WIDTH, _HIDDEN = 1568, 192, 768
@@ -33,24 +32,10 @@ def speed() -> float:
     """
     path = library.path().with_suffix(".trial.json")
     if not path.exists():
-        found = round(_measure(), 3)
-        draft = path.with_suffix(f".{os.getpid()}")
-        try:
-            draft.write_text(json.dumps({"speed": found}) + "\n")
-        except OSError:
-            return found
-        _keep_first(draft, path)
-    return float(json.loads(path.read_text())["speed"])
-
-
-def _keep_first(draft: Path, path: Path) -> None:
-    try:
-        os.link(draft, path)
-        draft.unlink()
-    except FileExistsError:
-        draft.unlink()
-    except OSError:  # a file system without links
-        os.replace(draft, path)
+        kept = keep_first(path, json.dumps({"speed": round(_measure(), 3)}) + "\n")
+    else:
+        kept = path.read_text()
+    return float(json.loads(kept)["speed"])
 
 
 def _measure() -> float:

@@ -8,8 +8,10 @@ arXiv 2307.08691. With S = scale * Q K^T, P = softmax(S), O = P V and lse = log 
 
 Head dims that are no power of two are split, not padded: 72 is a 64-wide main part and a narrow tail, 96 is 64 + 32.
 The sizes that a model fixes (tokens, heads, head dim, row strides) are compile-time constants: loads are then 16 bytes
-wide, and rows are masked in ragged tiles alone. A ragged edge gets a tile of its own width, so that 261 keys cost
-256 + 16 and not 320.
+wide, and rows are masked in ragged tiles alone. A ragged edge gets tiles of its own size, so that 261 keys cost
+256 + 16 and not 320, and 56 queries in tiles of 32 cost 32 + 16 + 8. A warp multiplies 16 rows at least: queries too
+few for all warps are the products' columns, of which 8 are enough, and keys or head columns are the rows.
+The few extra tokens' keys are taken one by one on the ordinary cores: an MMA would multiply sixteen for one.
 """
 
 # ruff: noqa: SIM102  (an `if` on a constexpr around one on a run-time value: merged, the dead branch would compile)
@@ -30,6 +32,7 @@ LN2 = tl.constexpr(math.log(2.0))
 # An MMA wants at least 16 rows and, in 16-bit types, 16 steps along the contraction; the output may be 8 wide.
 MIN_TILE = 16
 MIN_OUTPUT_TILE = 8
+MMA_ROWS = tl.constexpr(MIN_TILE)
 
 
 # --- plain PyTorch -----------------------------------------------------------------------------------------------
@@ -136,6 +139,16 @@ def _store_columns(
 
 
 @triton.jit
+def _dot(a, b, acc, SWAPPED: tl.constexpr, PRECISION: tl.constexpr):
+    """a @ b + acc; SWAPPED as (b^T @ a^T + acc^T)^T, the same with a's rows for columns."""
+    if SWAPPED:
+        acc = tl.trans(tl.dot(tl.trans(b), tl.trans(a), tl.trans(acc), input_precision=PRECISION))
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def _attend_tile(
     q_main,  # [M, MAIN]
     q_tail,  # [M, TAIL], unused if TAIL == 0
@@ -155,6 +168,7 @@ def _attend_tile(
     OUT_TAIL: tl.constexpr,
     WIDTH: tl.constexpr,  # keys in this tile
     MASK: tl.constexpr,
+    SWAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One step of the online softmax over WIDTH keys."""
@@ -164,10 +178,11 @@ def _attend_tile(
     v_rows = v_ptr + keys * ROW_STRIDE
 
     k_main = _load_columns(k_rows, valid, 0, MAIN, HEAD_DIM, MASK)
-    scores = tl.dot(q_main, tl.trans(k_main), input_precision=PRECISION)
+    scores = tl.zeros([q_main.shape[0], WIDTH], tl.float32)
+    scores = _dot(q_main, tl.trans(k_main), scores, SWAPPED, PRECISION)
     if TAIL > 0:
         k_tail = _load_columns(k_rows, valid, MAIN, TAIL, HEAD_DIM, MASK)
-        scores = tl.dot(q_tail, tl.trans(k_tail), scores, input_precision=PRECISION)
+        scores = _dot(q_tail, tl.trans(k_tail), scores, SWAPPED, PRECISION)
     if MASK:
         scores = tl.where(valid[None, :], scores, float("-inf"))
 
@@ -178,10 +193,52 @@ def _attend_tile(
 
     v_main = _load_columns(v_rows, valid, 0, MAIN, HEAD_DIM, MASK)
     p = p.to(v_main.dtype)
-    acc_main = tl.dot(p, v_main, acc_main * rescale[:, None], input_precision=PRECISION)
+    acc_main = _dot(p, v_main, acc_main * rescale[:, None], SWAPPED, PRECISION)
     if TAIL > 0:
         v_tail = _load_columns(v_rows, valid, MAIN, OUT_TAIL, HEAD_DIM, MASK)
-        acc_tail = tl.dot(p, v_tail, acc_tail * rescale[:, None], input_precision=PRECISION)
+        acc_tail = _dot(p, v_tail, acc_tail * rescale[:, None], SWAPPED, PRECISION)
+    return new_max, row_sum, acc_main, acc_tail
+
+
+@triton.jit
+def _load_head(
+    row_ptr,  # the first column of one head in one row
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Columns FIRST .. FIRST + WIDTH of one row in fp32; columns past HEAD_DIM read as zero."""
+    cols = FIRST + tl.arange(0, WIDTH)
+    return tl.load(row_ptr + cols, mask=cols < HEAD_DIM, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _attend_key(
+    q_main,
+    q_tail,
+    k_row,  # key and value of one token: first column of one head
+    v_row,
+    row_max,
+    row_sum,
+    acc_main,
+    acc_tail,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    OUT_TAIL: tl.constexpr,
+):
+    """One step of the online softmax over a single key, on the ordinary cores."""
+    scores = tl.sum(q_main.to(tl.float32) * _load_head(k_row, 0, MAIN, HEAD_DIM)[None, :], 1)
+    if TAIL > 0:
+        scores += tl.sum(q_tail.to(tl.float32) * _load_head(k_row, MAIN, TAIL, HEAD_DIM)[None, :], 1)
+    new_max = tl.maximum(row_max, scores * scale_log2)
+    p = tl.exp2(scores * scale_log2 - new_max)
+    rescale = tl.exp2(row_max - new_max)
+    row_sum = row_sum * rescale + p
+    acc_main = acc_main * rescale[:, None] + p[:, None] * _load_head(v_row, 0, MAIN, HEAD_DIM)[None, :]
+    if TAIL > 0:
+        acc_tail = acc_tail * rescale[:, None] + p[:, None] * _load_head(v_row, MAIN, OUT_TAIL, HEAD_DIM)[None, :]
     return new_max, row_sum, acc_main, acc_tail
 
 
@@ -249,19 +306,22 @@ def _attend_query_tile(
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
-    OUT_TAIL: tl.constexpr,
+    NARROW_TAIL: tl.constexpr,
     NUM_QUERIES: tl.constexpr,
     NUM_KEYS: tl.constexpr,
     NUM_EXTRA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KEY_TAIL: tl.constexpr,
-    EXTRA_TILE: tl.constexpr,
     SPLITS: tl.constexpr,
+    WARPS: tl.constexpr,
     PRECISION: tl.constexpr,
     M: tl.constexpr,
     MASK: tl.constexpr,
 ):
     """M queries of one head against this split's keys; the last split to arrive writes the result."""
+    SWAPPED: tl.constexpr = M < MMA_ROWS * WARPS
+    # Where queries are columns, the output's columns are rows.
+    OUT_TAIL: tl.constexpr = TAIL if SWAPPED and TAIL > 0 else NARROW_TAIL
     queries = first_query + tl.arange(0, M)
     valid = queries < NUM_QUERIES
     q_rows = q_ptr + queries * Q_ROW
@@ -281,19 +341,19 @@ def _attend_query_tile(
     for tile in range(first_tile, last_tile):
         row_max, row_sum, acc_main, acc_tail = _attend_tile(
             q_main, q_tail, k_ptr, v_ptr, tile * BLOCK_N, row_max, row_sum, acc_main, acc_tail, scale_log2,
-            NUM_KEYS, KV_ROW, HEAD_DIM, MAIN, TAIL, OUT_TAIL, BLOCK_N, False, PRECISION,
+            NUM_KEYS, KV_ROW, HEAD_DIM, MAIN, TAIL, OUT_TAIL, BLOCK_N, False, SWAPPED, PRECISION,
         )  # fmt: skip
     # The ragged end and the extra tokens' keys go to the last split. The order of keys does not matter to a softmax.
     if split == SPLITS - 1:
         if KEY_TAIL > 0:
             row_max, row_sum, acc_main, acc_tail = _attend_tile(
                 q_main, q_tail, k_ptr, v_ptr, FULL * BLOCK_N, row_max, row_sum, acc_main, acc_tail, scale_log2,
-                NUM_KEYS, KV_ROW, HEAD_DIM, MAIN, TAIL, OUT_TAIL, KEY_TAIL, True, PRECISION,
+                NUM_KEYS, KV_ROW, HEAD_DIM, MAIN, TAIL, OUT_TAIL, KEY_TAIL, True, SWAPPED, PRECISION,
             )  # fmt: skip
-        if NUM_EXTRA > 0:
-            row_max, row_sum, acc_main, acc_tail = _attend_tile(
-                q_main, q_tail, k_extra_ptr, v_extra_ptr, 0, row_max, row_sum, acc_main, acc_tail, scale_log2,
-                NUM_EXTRA, EXTRA_ROW, HEAD_DIM, MAIN, TAIL, OUT_TAIL, EXTRA_TILE, True, PRECISION,
+        for extra in tl.static_range(NUM_EXTRA):
+            row_max, row_sum, acc_main, acc_tail = _attend_key(
+                q_main, q_tail, k_extra_ptr + extra * EXTRA_ROW, v_extra_ptr + extra * EXTRA_ROW, row_max, row_sum,
+                acc_main, acc_tail, scale_log2, HEAD_DIM, MAIN, TAIL, OUT_TAIL,
             )  # fmt: skip
 
     if SPLITS == 1:
@@ -356,16 +416,18 @@ def _attention_forward_kernel(
     NUM_KEYS: tl.constexpr,
     NUM_EXTRA: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    QUERY_TAIL: tl.constexpr,
+    QUERY_TAIL: tl.constexpr,  # rows of the tile for the queries left over, 0 if there are none
+    LAST_TAIL: tl.constexpr,  # of another tile after it, 0 if there is none
     BLOCK_N: tl.constexpr,
     KEY_TAIL: tl.constexpr,
-    EXTRA_TILE: tl.constexpr,
     SPLITS: tl.constexpr,
+    WARPS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Grid: (query tiles * SPLITS, H, B). Query tiles vary fastest: neighbours read the same keys from L2."""
     FULL_TILES: tl.constexpr = NUM_QUERIES // BLOCK_M
-    NUM_TILES: tl.constexpr = FULL_TILES + (1 if QUERY_TAIL > 0 else 0)
+    NUM_TILES: tl.constexpr = FULL_TILES + (1 if QUERY_TAIL > 0 else 0) + (1 if LAST_TAIL > 0 else 0)
+    FULL_ROWS: tl.constexpr = FULL_TILES * BLOCK_M
     tile = tl.program_id(0) % NUM_TILES
     split = tl.program_id(0) // NUM_TILES
     head = tl.program_id(1)
@@ -389,16 +451,24 @@ def _attention_forward_kernel(
             _attend_query_tile(
                 q_ptr, k_ptr, v_ptr, k_extra_ptr, v_extra_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
                 counter_ptr, tile * BLOCK_M, split, scale_log2, Q_ROW, KV_ROW, EXTRA_ROW, OUT_ROW, HEAD_DIM, MAIN,
-                TAIL, OUT_TAIL, NUM_QUERIES, NUM_KEYS, NUM_EXTRA, BLOCK_N, KEY_TAIL, EXTRA_TILE, SPLITS, PRECISION,
-                BLOCK_M, False,
+                TAIL, OUT_TAIL, NUM_QUERIES, NUM_KEYS, NUM_EXTRA, BLOCK_N, KEY_TAIL, SPLITS, WARPS, PRECISION, BLOCK_M,
+                False,
             )  # fmt: skip
     if QUERY_TAIL > 0:
         if tile == FULL_TILES:
             _attend_query_tile(
                 q_ptr, k_ptr, v_ptr, k_extra_ptr, v_extra_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
-                counter_ptr, FULL_TILES * BLOCK_M, split, scale_log2, Q_ROW, KV_ROW, EXTRA_ROW, OUT_ROW, HEAD_DIM,
-                MAIN, TAIL, OUT_TAIL, NUM_QUERIES, NUM_KEYS, NUM_EXTRA, BLOCK_N, KEY_TAIL, EXTRA_TILE, SPLITS,
-                PRECISION, QUERY_TAIL, True,
+                counter_ptr, FULL_ROWS, split, scale_log2, Q_ROW, KV_ROW, EXTRA_ROW, OUT_ROW, HEAD_DIM, MAIN, TAIL,
+                OUT_TAIL, NUM_QUERIES, NUM_KEYS, NUM_EXTRA, BLOCK_N, KEY_TAIL, SPLITS, WARPS, PRECISION, QUERY_TAIL,
+                FULL_ROWS + QUERY_TAIL > NUM_QUERIES,
+            )  # fmt: skip
+    if LAST_TAIL > 0:
+        if tile == FULL_TILES + 1:
+            _attend_query_tile(
+                q_ptr, k_ptr, v_ptr, k_extra_ptr, v_extra_ptr, out_ptr, lse_ptr, partial_ptr, partial_lse_ptr,
+                counter_ptr, FULL_ROWS + QUERY_TAIL, split, scale_log2, Q_ROW, KV_ROW, EXTRA_ROW, OUT_ROW, HEAD_DIM,
+                MAIN, TAIL, OUT_TAIL, NUM_QUERIES, NUM_KEYS, NUM_EXTRA, BLOCK_N, KEY_TAIL, SPLITS, WARPS, PRECISION,
+                LAST_TAIL, FULL_ROWS + QUERY_TAIL + LAST_TAIL > NUM_QUERIES,
             )  # fmt: skip
 
 
@@ -439,11 +509,12 @@ def _attention_delta_kernel(
 def _grad_tile(
     k_main,  # [WIDTH, MAIN]
     k_tail,  # [WIDTH, TAIL], unused if TAIL == 0
+    k_narrow,  # [WIDTH, OUT_TAIL], the same columns without the padding of a contraction
     v_main,
     v_tail,
     keys_valid,  # [WIDTH] bool
     dk_main,  # [WIDTH, MAIN] running sums
-    dk_tail,
+    dk_tail,  # [WIDTH, OUT_TAIL]
     dv_main,
     dv_tail,
     q_ptr,
@@ -459,6 +530,7 @@ def _grad_tile(
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
+    OUT_TAIL: tl.constexpr,
     NUM_QUERIES: tl.constexpr,
     PRECISION: tl.constexpr,
     M: tl.constexpr,
@@ -488,14 +560,20 @@ def _grad_tile(
     dp = tl.dot(v_main, tl.trans(do_main), input_precision=PRECISION)
     if TAIL > 0:
         do_tail = _load_columns(do_rows, valid, MAIN, TAIL, HEAD_DIM, MASK_QUERIES)
-        dv_tail = tl.dot(weights, do_tail, dv_tail, input_precision=PRECISION)
+        do_narrow = do_tail
+        if OUT_TAIL < TAIL:
+            do_narrow = _load_columns(do_rows, valid, MAIN, OUT_TAIL, HEAD_DIM, MASK_QUERIES)
+        dv_tail = tl.dot(weights, do_narrow, dv_tail, input_precision=PRECISION)
         dp = tl.dot(v_tail, tl.trans(do_tail), dp, input_precision=PRECISION)
 
     delta = tl.load(delta_ptr + queries, mask=valid, other=0.0)
     ds = (p * (dp - delta[None, :])).to(q_main.dtype)
     dk_main = tl.dot(ds, q_main, dk_main, input_precision=PRECISION)
     if TAIL > 0:
-        dk_tail = tl.dot(ds, q_tail, dk_tail, input_precision=PRECISION)
+        q_narrow = q_tail
+        if OUT_TAIL < TAIL:
+            q_narrow = _load_columns(q_rows, valid, MAIN, OUT_TAIL, HEAD_DIM, MASK_QUERIES)
+        dk_tail = tl.dot(ds, q_narrow, dk_tail, input_precision=PRECISION)
 
     # The longer side goes on the MMA's rows: four warps have no use for 32 of them.
     dq_rows = dq_ptr + queries * DQ_ROW
@@ -505,11 +583,8 @@ def _grad_tile(
         dq_main = tl.dot(tl.trans(ds), k_main, input_precision=PRECISION)
     _store_columns(dq_rows, dq_main, valid, 0, MAIN, HEAD_DIM, MASK_QUERIES)
     if TAIL > 0:
-        if M < MAIN:
-            dq_tail = tl.trans(tl.dot(tl.trans(k_tail), ds, input_precision=PRECISION))
-        else:
-            dq_tail = tl.dot(tl.trans(ds), k_tail, input_precision=PRECISION)
-        _store_columns(dq_rows, dq_tail, valid, MAIN, TAIL, HEAD_DIM, MASK_QUERIES)
+        dq_tail = tl.dot(tl.trans(ds), k_narrow, input_precision=PRECISION)
+        _store_columns(dq_rows, dq_tail, valid, MAIN, OUT_TAIL, HEAD_DIM, MASK_QUERIES)
     return dk_main, dk_tail, dv_main, dv_tail
 
 
@@ -536,6 +611,7 @@ def _grad_key_block(
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
+    OUT_TAIL: tl.constexpr,
     NUM_QUERIES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     QUERY_TAIL: tl.constexpr,
@@ -551,6 +627,7 @@ def _grad_key_block(
     k_main = _load_columns(k_rows, valid, 0, MAIN, HEAD_DIM, MASK)
     v_main = _load_columns(v_rows, valid, 0, MAIN, HEAD_DIM, MASK)
     k_tail = k_main
+    k_narrow = k_main
     v_tail = v_main
     dk_main = tl.zeros([WIDTH, MAIN], tl.float32)
     dv_main = tl.zeros([WIDTH, MAIN], tl.float32)
@@ -559,23 +636,26 @@ def _grad_key_block(
     if TAIL > 0:
         k_tail = _load_columns(k_rows, valid, MAIN, TAIL, HEAD_DIM, MASK)
         v_tail = _load_columns(v_rows, valid, MAIN, TAIL, HEAD_DIM, MASK)
-        dk_tail = tl.zeros([WIDTH, TAIL], tl.float32)
-        dv_tail = tl.zeros([WIDTH, TAIL], tl.float32)
+        k_narrow = k_tail
+        if OUT_TAIL < TAIL:
+            k_narrow = _load_columns(k_rows, valid, MAIN, OUT_TAIL, HEAD_DIM, MASK)
+        dk_tail = tl.zeros([WIDTH, OUT_TAIL], tl.float32)
+        dv_tail = tl.zeros([WIDTH, OUT_TAIL], tl.float32)
 
     scale_log2 = scale * LOG2E
     MASK_QUERIES: tl.constexpr = QUERY_TAIL == BLOCK_M  # a tail as wide as the rest runs in the loop
     if NUM_QUERIES >= BLOCK_M or MASK_QUERIES:
         for tile in tl.range(query_tiles, disable_licm=True):
             dk_main, dk_tail, dv_main, dv_tail = _grad_tile(
-                k_main, k_tail, v_main, v_tail, valid, dk_main, dk_tail, dv_main, dv_tail, q_ptr, grad_out_ptr,
-                lse_ptr, delta_ptr, dq_ptr, tile * BLOCK_M, scale_log2, Q_ROW, GRAD_ROW, DQ_ROW, HEAD_DIM, MAIN, TAIL,
-                NUM_QUERIES, PRECISION, BLOCK_M, MASK_QUERIES, MASK,
+                k_main, k_tail, k_narrow, v_main, v_tail, valid, dk_main, dk_tail, dv_main, dv_tail, q_ptr,
+                grad_out_ptr, lse_ptr, delta_ptr, dq_ptr, tile * BLOCK_M, scale_log2, Q_ROW, GRAD_ROW, DQ_ROW,
+                HEAD_DIM, MAIN, TAIL, OUT_TAIL, NUM_QUERIES, PRECISION, BLOCK_M, MASK_QUERIES, MASK,
             )  # fmt: skip
     if QUERY_TAIL > 0 and not MASK_QUERIES:
         dk_main, dk_tail, dv_main, dv_tail = _grad_tile(
-            k_main, k_tail, v_main, v_tail, valid, dk_main, dk_tail, dv_main, dv_tail, q_ptr, grad_out_ptr, lse_ptr,
-            delta_ptr, dq_ptr, NUM_QUERIES // BLOCK_M * BLOCK_M, scale_log2, Q_ROW, GRAD_ROW, DQ_ROW, HEAD_DIM, MAIN,
-            TAIL, NUM_QUERIES, PRECISION, QUERY_TAIL, True, MASK,
+            k_main, k_tail, k_narrow, v_main, v_tail, valid, dk_main, dk_tail, dv_main, dv_tail, q_ptr, grad_out_ptr,
+            lse_ptr, delta_ptr, dq_ptr, NUM_QUERIES // BLOCK_M * BLOCK_M, scale_log2, Q_ROW, GRAD_ROW, DQ_ROW,
+            HEAD_DIM, MAIN, TAIL, OUT_TAIL, NUM_QUERIES, PRECISION, QUERY_TAIL, True, MASK,
         )  # fmt: skip
 
     dk_rows = dk_ptr + keys * DKV_ROW
@@ -583,8 +663,73 @@ def _grad_key_block(
     _store_columns(dk_rows, dk_main * scale, valid, 0, MAIN, HEAD_DIM, MASK)
     _store_columns(dv_rows, dv_main, valid, 0, MAIN, HEAD_DIM, MASK)
     if TAIL > 0:
-        _store_columns(dk_rows, dk_tail * scale, valid, MAIN, TAIL, HEAD_DIM, MASK)
-        _store_columns(dv_rows, dv_tail, valid, MAIN, TAIL, HEAD_DIM, MASK)
+        _store_columns(dk_rows, dk_tail * scale, valid, MAIN, OUT_TAIL, HEAD_DIM, MASK)
+        _store_columns(dv_rows, dv_tail, valid, MAIN, OUT_TAIL, HEAD_DIM, MASK)
+
+
+@triton.jit
+def _store_head(row_ptr, values, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The mirror of `_load_head`."""
+    cols = FIRST + tl.arange(0, WIDTH)
+    tl.store(row_ptr + cols, values.to(row_ptr.dtype.element_ty), mask=cols < HEAD_DIM)
+
+
+@triton.jit
+def _grad_key(
+    q_ptr,
+    k_row,  # key, value and their gradients of one token: first column of one head
+    v_row,
+    grad_out_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    dk_row,
+    dv_row,
+    scale,
+    Q_ROW: tl.constexpr,
+    GRAD_ROW: tl.constexpr,
+    DQ_ROW: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    MAIN: tl.constexpr,
+    OUT_TAIL: tl.constexpr,
+    NUM_QUERIES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """dk and dv of a single key and its share of dq, on the ordinary cores."""
+    k_main, v_main = _load_head(k_row, 0, MAIN, HEAD_DIM), _load_head(v_row, 0, MAIN, HEAD_DIM)
+    k_tail, v_tail = _load_head(k_row, MAIN, OUT_TAIL, HEAD_DIM), _load_head(v_row, MAIN, OUT_TAIL, HEAD_DIM)
+    dk_main, dv_main = tl.zeros([MAIN], tl.float32), tl.zeros([MAIN], tl.float32)
+    dk_tail, dv_tail = tl.zeros([OUT_TAIL], tl.float32), tl.zeros([OUT_TAIL], tl.float32)
+    for first_query in range(0, NUM_QUERIES, BLOCK_M):
+        queries = first_query + tl.arange(0, BLOCK_M)
+        valid = queries < NUM_QUERIES
+        q_rows = q_ptr + queries * Q_ROW
+        do_rows = grad_out_ptr + queries * GRAD_ROW
+        q_main = _load_columns(q_rows, valid, 0, MAIN, HEAD_DIM, True).to(tl.float32)
+        do_main = _load_columns(do_rows, valid, 0, MAIN, HEAD_DIM, True).to(tl.float32)
+        scores = tl.sum(q_main * k_main[None, :], 1)
+        dp = tl.sum(do_main * v_main[None, :], 1)
+        if HEAD_DIM > MAIN:
+            q_tail = _load_columns(q_rows, valid, MAIN, OUT_TAIL, HEAD_DIM, True).to(tl.float32)
+            do_tail = _load_columns(do_rows, valid, MAIN, OUT_TAIL, HEAD_DIM, True).to(tl.float32)
+            scores += tl.sum(q_tail * k_tail[None, :], 1)
+            dp += tl.sum(do_tail * v_tail[None, :], 1)
+        lse = tl.load(lse_ptr + queries, mask=valid, other=float("inf"))
+        p = tl.exp2((scores * scale - lse) * LOG2E)
+        ds = p * (dp - tl.load(delta_ptr + queries, mask=valid, other=0.0))
+        dk_main += tl.sum(ds[:, None] * q_main, 0)
+        dv_main += tl.sum(p[:, None] * do_main, 0)
+        dq_rows = dq_ptr + queries * DQ_ROW
+        _store_columns(dq_rows, ds[:, None] * k_main[None, :], valid, 0, MAIN, HEAD_DIM, True)
+        if HEAD_DIM > MAIN:
+            dk_tail += tl.sum(ds[:, None] * q_tail, 0)
+            dv_tail += tl.sum(p[:, None] * do_tail, 0)
+            _store_columns(dq_rows, ds[:, None] * k_tail[None, :], valid, MAIN, OUT_TAIL, HEAD_DIM, True)
+    _store_head(dk_row, dk_main * scale, 0, MAIN, HEAD_DIM)
+    _store_head(dv_row, dv_main, 0, MAIN, HEAD_DIM)
+    if HEAD_DIM > MAIN:
+        _store_head(dk_row, dk_tail * scale, MAIN, OUT_TAIL, HEAD_DIM)
+        _store_head(dv_row, dv_tail, MAIN, OUT_TAIL, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=["query_tiles"])
@@ -620,6 +765,7 @@ def _attention_backward_kernel(
     HEAD_DIM: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
+    OUT_TAIL: tl.constexpr,
     NUM_QUERIES: tl.constexpr,
     NUM_KEYS: tl.constexpr,
     NUM_EXTRA: tl.constexpr,
@@ -627,10 +773,9 @@ def _attention_backward_kernel(
     QUERY_TAIL: tl.constexpr,
     BLOCK_N: tl.constexpr,
     KEY_TAIL: tl.constexpr,
-    EXTRA_TILE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Grid: (key blocks, H, B), one key block a program: full blocks, the ragged one, the extra tokens'."""
+    """Grid: (key blocks, H, B), one key block a program: full blocks, the ragged one, each extra token."""
     block = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -654,25 +799,24 @@ def _attention_backward_kernel(
             _grad_key_block(
                 q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, dq_partial_ptr, dk_ptr, dv_ptr,
                 block * BLOCK_N, query_tiles, scale, NUM_KEYS, Q_ROW, KV_ROW, GRAD_ROW, DQ_ROW, DKV_ROW, HEAD_DIM,
-                MAIN, TAIL, NUM_QUERIES, BLOCK_M, QUERY_TAIL, PRECISION, BLOCK_N, False,
+                MAIN, TAIL, OUT_TAIL, NUM_QUERIES, BLOCK_M, QUERY_TAIL, PRECISION, BLOCK_N, False,
             )  # fmt: skip
     if KEY_TAIL > 0:
         if block == FULL:
             _grad_key_block(
                 q_ptr, k_ptr, v_ptr, grad_out_ptr, lse_ptr, delta_ptr, dq_partial_ptr, dk_ptr, dv_ptr,
                 FULL * BLOCK_N, query_tiles, scale, NUM_KEYS, Q_ROW, KV_ROW, GRAD_ROW, DQ_ROW, DKV_ROW, HEAD_DIM,
-                MAIN, TAIL, NUM_QUERIES, BLOCK_M, QUERY_TAIL, PRECISION, KEY_TAIL, True,
+                MAIN, TAIL, OUT_TAIL, NUM_QUERIES, BLOCK_M, QUERY_TAIL, PRECISION, KEY_TAIL, True,
             )  # fmt: skip
     if NUM_EXTRA > 0:
-        if block == tl.num_programs(0) - 1:
-            k_extra_ptr += batch * extra_batch + head * HEAD_DIM
-            v_extra_ptr += batch * extra_batch + head * HEAD_DIM
-            dk_extra_ptr += batch * dextra_batch + head * HEAD_DIM
-            dv_extra_ptr += batch * dextra_batch + head * HEAD_DIM
-            _grad_key_block(
-                q_ptr, k_extra_ptr, v_extra_ptr, grad_out_ptr, lse_ptr, delta_ptr, dq_partial_ptr, dk_extra_ptr,
-                dv_extra_ptr, 0, query_tiles, scale, NUM_EXTRA, Q_ROW, EXTRA_ROW, GRAD_ROW, DQ_ROW, DEXTRA_ROW,
-                HEAD_DIM, MAIN, TAIL, NUM_QUERIES, BLOCK_M, QUERY_TAIL, PRECISION, EXTRA_TILE, True,
+        extra = block - FULL - (1 if KEY_TAIL > 0 else 0)
+        if extra >= 0:
+            k_row = batch * extra_batch + head * HEAD_DIM + extra * EXTRA_ROW
+            dk_row = batch * dextra_batch + head * HEAD_DIM + extra * DEXTRA_ROW
+            _grad_key(
+                q_ptr, k_extra_ptr + k_row, v_extra_ptr + k_row, grad_out_ptr, lse_ptr, delta_ptr, dq_partial_ptr,
+                dk_extra_ptr + dk_row, dv_extra_ptr + dk_row, scale, Q_ROW, GRAD_ROW, DQ_ROW, HEAD_DIM, MAIN, OUT_TAIL,
+                NUM_QUERIES, BLOCK_M,
             )  # fmt: skip
 
 
@@ -764,8 +908,12 @@ def split_head_dim(head_dim: int) -> tuple[int, int, int]:
     """
     main = max(MIN_TILE, 1 << (head_dim.bit_length() - 1))
     rest = triton.next_power_of_2(head_dim - main) if head_dim > main else 0
-    min_output = MIN_OUTPUT_TILE if isinstance(configs.current_arch(), int) else MIN_TILE
-    return main, max(rest, MIN_TILE) if rest else 0, max(rest, min_output)
+    return main, max(rest, MIN_TILE) if rest else 0, max(rest, min_output_tile(configs.current_arch()))
+
+
+def min_output_tile(arch: configs.Arch) -> int:
+    """Columns of the narrowest MMA."""
+    return MIN_OUTPUT_TILE if isinstance(arch, int) else MIN_TILE
 
 
 def tail_tile(count: int, block: int) -> int:
@@ -777,6 +925,34 @@ def tail_tile(count: int, block: int) -> int:
 def num_tiles(count: int, block: int) -> int:
     """Full tiles and the ragged one."""
     return count // block + (count % block > 0)
+
+
+def warps_of_rows(num_warps: int, arch: configs.Arch) -> int:
+    """Warps that a tile must have 16 queries for if queries are to be a product's rows; else they are its columns.
+
+    AMD's MMAs are as wide as they are high: there queries are always rows.
+    """
+    return num_warps if isinstance(arch, int) else 1
+
+
+def query_tails(count: int, block: int, arch: configs.Arch) -> tuple[int, int]:
+    """Rows of the one or two tiles for the last `count % block` queries of a forward; 0 where there is none.
+
+    Two where a single power of two would be larger: 24 queries take 16 and 8. NVIDIA's MMAs take 8 of them as columns.
+    """
+    least = min_output_tile(arch)
+    rows = triton.cdiv(count % block, least) * least
+    if rows == 0:
+        return 0, 0
+    whole = triton.next_power_of_2(rows)
+    first = whole if whole == rows else whole // 2
+    second = triton.next_power_of_2(rows - first) if rows > first else 0
+    return (first, second) if first + second < whole else (whole, 0)
+
+
+def query_tiles(count: int, block: int, arch: configs.Arch) -> int:
+    """Tiles of a forward over `count` queries."""
+    return count // block + sum(rows > 0 for rows in query_tails(count, block, arch))
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -829,10 +1005,11 @@ class SplitWorkspace:
         batch: int, num_heads: int, num_queries: int, head_dim: int, splits: int, block_m: int, device: torch.device
     ) -> "SplitWorkspace":
         rows = (batch, num_heads, splits, num_queries)
+        tiles = query_tiles(num_queries, block_m, configs.current_arch())
         return SplitWorkspace(
             partial=torch.empty(*rows, head_dim, dtype=torch.float32, device=device),
             partial_lse=torch.empty(rows, dtype=torch.float32, device=device),
-            counters=torch.zeros(batch, num_heads, num_tiles(num_queries, block_m), dtype=torch.int32, device=device),
+            counters=torch.zeros(batch, num_heads, tiles, dtype=torch.int32, device=device),
         )
 
 
@@ -863,17 +1040,18 @@ def launch_forward(
         (lse, lse, lse) if workspace is None else (workspace.partial, workspace.partial_lse, workspace.counters)
     )
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
-    grid = (num_tiles(num_queries, block_m) * splits, num_heads, batch)
+    arch = configs.current_arch()
+    query_tail, last_tail = query_tails(num_queries, block_m, arch)
+    grid = (query_tiles(num_queries, block_m, arch) * splits, num_heads, batch)
     _attention_forward_kernel[grid](
         q, k, v, k_extra, v_extra, out, lse, partial, partial_lse, counters,
         q.stride(0), k.stride(0), k_extra.stride(0), out.stride(0), scale,
         Q_ROW=q.stride(1), KV_ROW=k.stride(1), EXTRA_ROW=k_extra.stride(1), OUT_ROW=out.stride(1),
         NUM_HEADS=num_heads, HEAD_DIM=head_dim, MAIN=main, TAIL=tail, OUT_TAIL=out_tail,
         NUM_QUERIES=num_queries, NUM_KEYS=num_keys, NUM_EXTRA=num_extra,
-        BLOCK_M=block_m, QUERY_TAIL=tail_tile(num_queries, block_m),
+        BLOCK_M=block_m, QUERY_TAIL=query_tail, LAST_TAIL=last_tail,
         BLOCK_N=block_n, KEY_TAIL=tail_tile(num_keys, block_n),
-        EXTRA_TILE=max(MIN_TILE, triton.next_power_of_2(max(num_extra, 1))),
-        SPLITS=splits, PRECISION=dot_precision(q.dtype),
+        SPLITS=splits, WARPS=warps_of_rows(config["num_warps"], arch), PRECISION=dot_precision(q.dtype),
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
 
@@ -896,8 +1074,8 @@ def launch_backward(
 ) -> None:
     """Write dq, dk, dv (and the extra tokens' dk, dv) from the forward's inputs, output and log-sum-exp.
 
-    Three launches: delta; one program per key block, which owns its dk and dv and writes its share of dq to float32
-    scratch; the sum of the shares. Five matrix products in all, no atomics, and the same bits every time.
+    Three launches: delta; one program per key block and extra token, which owns its dk and dv and writes its share of
+    dq to float32 scratch; the sum of the shares. Five matrix products in all, no atomics, and the same bits every time.
     """
     batch, num_queries, width = q.shape
     num_keys, head_dim = k.shape[1], width // num_heads
@@ -906,7 +1084,7 @@ def launch_backward(
     dk_extra, dv_extra = (dk, dv) if dextra is None else dextra
     num_extra = 0 if extra is None else k_extra.shape[1]
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
-    parts = num_tiles(num_keys, block_n) + (num_extra > 0)
+    parts = num_tiles(num_keys, block_n) + num_extra
     query_tail = tail_tile(num_queries, block_m)
 
     delta = torch.empty_like(lse)
@@ -923,11 +1101,10 @@ def launch_backward(
         num_queries // block_m + (query_tail == block_m), scale,
         Q_ROW=q.stride(1), KV_ROW=k.stride(1), EXTRA_ROW=k_extra.stride(1), GRAD_ROW=grad_out.stride(1),
         DKV_ROW=dk.stride(1), DEXTRA_ROW=dk_extra.stride(1),
-        NUM_HEADS=num_heads, HEAD_DIM=head_dim, MAIN=main, TAIL=tail,
+        NUM_HEADS=num_heads, HEAD_DIM=head_dim, MAIN=main, TAIL=tail, OUT_TAIL=out_tail,
         NUM_QUERIES=num_queries, NUM_KEYS=num_keys, NUM_EXTRA=num_extra,
         BLOCK_M=block_m, QUERY_TAIL=query_tail,
         BLOCK_N=block_n, KEY_TAIL=tail_tile(num_keys, block_n),
-        EXTRA_TILE=max(MIN_TILE, triton.next_power_of_2(max(num_extra, 1))),
         PRECISION=dot_precision(q.dtype),
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip

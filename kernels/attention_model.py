@@ -22,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from vat_fast.kernels.attention_common import MIN_TILE, min_output_tile, query_tails, query_tiles, warps_of_rows
 from vat_fast.kernels.configs import Arch
 from vat_fast.kernels.proof.code import occupancy
 from vat_fast.kernels.static_model import (
@@ -52,6 +53,10 @@ EXPOSED = 0.3
 TWINS: Mapping[Arch, Arch] = {87: 89, 110: 100}
 # Of code that a twin is judged by: the compiler may give it a few more, and 255 is all there are.
 MOST_REGISTERS = 252
+# Matrix flops issued over useful ones; the gate holds what ships to it.
+ISSUED_FLOPS = 1.2
+# Times the fastest estimate that a configuration which keeps to it may take: nearer ones the model cannot tell apart.
+WASTE_COSTS = 1.25
 # Of the bytes that the hot loop moves, in accesses narrower than 16; the gate holds what ships to it.
 NARROW_SHARE = 0.25
 
@@ -102,7 +107,7 @@ FORWARD: tuple[Tile, ...] = (
     (128, 64, 4, 2),
     (128, 64, 8, 2),
 )
-SHORT: tuple[Tile, ...] = ((32, 64, 2, 2), (32, 64, 4, 2), *FORWARD[:4])
+SHORT: tuple[Tile, ...] = ((32, 64, 2, 2), (32, 64, 4, 2), (32, 128, 4, 2), *FORWARD[:4])
 BACKWARD: tuple[Tile, ...] = (
     (16, 32, 2, 2),
     (32, 32, 2, 2),
@@ -122,6 +127,7 @@ class AttentionTable:
         op: as in ``vat_fast.kernels.proof.cases``.
         batches: views or samples; each makes a rule up to its number of programs, the last an open one.
         splits: over how many programs the keys of a head may be spread.
+        queries: of cross-attention.
     """
 
     op: str
@@ -129,12 +135,13 @@ class AttentionTable:
     tiles: tuple[Tile, ...]
     backward: bool = False
     splits: tuple[int, ...] = (1,)
+    queries: int = ACTION_TOKENS
 
     def problem(self, head_dim: int, patches: int, batch: int) -> Problem:
         """The shape that stands for a rule."""
         if self.op.startswith("vision"):
             return Problem(batch, HEADS, patches, patches, head_dim)
-        return Problem(batch, HEADS, ACTION_TOKENS, VIEWS * patches, head_dim)
+        return Problem(batch, HEADS, self.queries, VIEWS * patches, head_dim)
 
     def problems(self) -> Iterator[tuple[tuple[int | None, int | None], Problem]]:
         """((head dim, programs) bounds, the shape that stands for them) of each rule."""
@@ -169,6 +176,10 @@ ATTENTION_TABLES = {
     "VISION_ATTENTION": AttentionTable("vision_attention", (2, 8, 32), FORWARD),
     "VISION_ATTENTION_BACKWARD": AttentionTable("vision_attention_backward", (8, 32), BACKWARD, backward=True),
     "CROSS_ATTENTION": AttentionTable("cross_attention", (1, 4, 16), SHORT, splits=(1, 2, 4, 8)),
+    # Action and extra tokens that nearly fill their last 64, where smaller tiles save nothing.
+    "CROSS_ATTENTION_FULL": AttentionTable(
+        "cross_attention", (1, 4, 16), SHORT, splits=(1, 2, 4, 8), queries=ACTION_TOKENS + 1
+    ),
     "CROSS_ATTENTION_BACKWARD": AttentionTable("cross_attention_backward", (4, 16), BACKWARD, backward=True),
 }
 
@@ -208,15 +219,19 @@ def _step(
 ) -> tuple[float, float]:
     """Cycles of one step of the hot loop: (what a program takes from its multiprocessor, its own chain of results)."""
     owned, walked = _owned_and_walked(table, blocks.BLOCK_M, blocks.BLOCK_N)
-    asynchronous = device.arch in DIRECT and owned >= 64
-    inner = 16 * math.ceil(head_dim / 16)  # along a product's contraction
-    outer = inner if table.backward or device.arch == "gfx942" else 8 * math.ceil(head_dim / 8)
-    products = 5 * inner if table.backward else inner + outer
+    # Queries too few for all warps are the products' columns, keys and head columns the rows.
+    swapped = not table.backward and owned < MIN_TILE * warps_of_rows(blocks.num_warps, device.arch)
+    asynchronous = device.arch in DIRECT and (owned >= 64 or swapped)
+    inner, outer = _columns(table, head_dim, blocks, owned, device.arch)
+    products = 2 * inner + 3 * outer if table.backward else inner + outer
     tile = owned * walked
-    mma = tile * products / (device.fma if asynchronous or device.arch not in DIRECT else device.fma / 2)
+    mma = repeats(table, blocks, device.arch) * tile * products
+    mma /= device.fma if asynchronous or device.arch not in DIRECT else device.fma / 2
     if table.backward:
         # Five products, of which each reads both operands; of the older MMA two warps read each.
         read = (1 if asynchronous else 2) * 5 * (owned + walked) * inner
+    elif swapped:  # every warp, all queries and weights
+        read = walked * products + (1 if asynchronous else blocks.num_warps) * owned * (inner + walked)
     elif asynchronous:
         read = owned * inner + math.ceil(owned / 64) * walked * products  # 64 rows at a time
     else:
@@ -245,13 +260,19 @@ def microseconds(
     """
     owned, walked = _owned_and_walked(table, blocks.BLOCK_M, blocks.BLOCK_N)
     own, other = _owned_and_walked(table, problem.queries, problem.keys)
-    programs = problem.batch * problem.heads * math.ceil(own / owned) * blocks.SPLITS
+    tiles, rows_issued = math.ceil(own / owned), math.ceil(own / owned) * owned
+    if not table.backward:  # the last queries' tiles are smaller
+        tiles = query_tiles(own, owned, device.arch)
+        rows_issued = own // owned * owned + sum(query_tails(own, owned, device.arch))
+    share = rows_issued / (tiles * owned)  # of a full tile's work, the mean over tiles
+    programs = problem.batch * problem.heads * tiles * blocks.SPLITS
     steps = math.ceil(math.ceil(other / walked) / blocks.SPLITS)
     taken, chain = _step(table, problem.head_dim, blocks, fact, device)
+    taken *= share
     uncovered = LATENCY / max(1, blocks.num_stages - 1)
-    after = owned * problem.head_dim * EPILOGUE * (2 if table.backward else 1) / FP32_LANES
+    after = share * owned * problem.head_dim * EPILOGUE * (2 if table.backward else 1) / FP32_LANES
     if blocks.SPLITS > 1:
-        after += (blocks.SPLITS + 1) * owned * problem.head_dim * 4 / device.l2 + 2 * LATENCY
+        after += (blocks.SPLITS + 1) * share * owned * problem.head_dim * 4 / device.l2 + 2 * LATENCY
 
     cycles, left = 0.0, math.ceil(programs / device.multiprocessors)  # on the busiest multiprocessor
     while left > 0:
@@ -271,6 +292,8 @@ def microseconds(
 def choose(table: AttentionTable, problem: Problem, device: Device) -> AttentionBlocks:
     """The fastest candidate by the estimate, of those whose code keeps the gate's promises.
 
+    The promise about issued flops is kept where that costs less than `WASTE_COSTS` by the estimate.
+
     Raises:
         ValueError: none does.
     """
@@ -281,7 +304,41 @@ def choose(table: AttentionTable, problem: Problem, device: Device) -> Attention
             found.append((microseconds(table, problem, blocks, fact, device), blocks))
     if not found:
         raise ValueError(f"no candidate of {table.op} at head dim {problem.head_dim} ships on {device.name}")
-    return min(found)[1]
+    fastest = min(found)
+    thrifty = [
+        (time, blocks)
+        for time, blocks in found
+        if time < WASTE_COSTS * fastest[0] and issued(table, problem, blocks, device.arch) <= ISSUED_FLOPS
+    ]
+    return min(thrifty, default=fastest)[1]
+
+
+def issued(table: AttentionTable, problem: Problem, blocks: AttentionBlocks, arch: Arch) -> float:
+    """Matrix flops issued over the useful ones; of a backward, whose tiles all waste alike, only its ``repeats``."""
+    if table.backward:
+        return repeats(table, blocks, arch)
+    rows = [blocks.BLOCK_M] * (problem.queries // blocks.BLOCK_M)
+    rows += query_tails(problem.queries, blocks.BLOCK_M, arch)
+    flops = sum(count * sum(_columns(table, problem.head_dim, blocks, count, arch)) for count in rows)
+    return flops / (problem.queries * 2 * problem.head_dim)
+
+
+def repeats(table: AttentionTable, blocks: AttentionBlocks, arch: Arch) -> float:
+    """How many warps do the same products: in a backward's, but for dq's, a warp takes 16 keys at least.
+
+    A forward has none, see ``attention_common.warps_of_rows``. AMD's and asynchronous MMAs are not known to.
+    """
+    if not table.backward or not isinstance(arch, int) or (arch in DIRECT and blocks.BLOCK_N >= 64):
+        return 1.0
+    return 1 + 0.8 * (max(1.0, MIN_TILE * blocks.num_warps / blocks.BLOCK_N) - 1)
+
+
+def _columns(table: AttentionTable, head_dim: int, blocks: AttentionBlocks, rows: int, arch: Arch) -> tuple[int, int]:
+    """Head columns of a tile of `rows`: as a product's contraction, and as its output."""
+    inner = 16 * math.ceil(head_dim / 16)
+    swapped = not table.backward and rows < MIN_TILE * warps_of_rows(blocks.num_warps, arch)
+    least = 16 if swapped else min_output_tile(arch)
+    return inner, least * math.ceil(head_dim / least)
 
 
 def choose_attention_table(name: str, device: Device) -> list[tuple[int | None, ...]]:

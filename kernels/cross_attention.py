@@ -20,12 +20,14 @@ import torch
 from vat_fast.kernels import attention_common as common
 from vat_fast.kernels import configs, tables
 from vat_fast.kernels.attention_common import SplitWorkspace
+from vat_fast.kernels.attention_model import ACTION_TOKENS
 
 # float32 is for checking, see `vision_attention`.
 _FLOAT32 = {"BLOCK_M": 32, "BLOCK_N": 32, "SPLITS": 8, "num_warps": 4, "num_stages": 1}
 _BACKWARD_FLOAT32 = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 
 CONFIGS = configs.attention_rules(tables.CROSS_ATTENTION, _FLOAT32)
+FULL_CONFIGS = configs.attention_rules(tables.CROSS_ATTENTION_FULL, _FLOAT32)
 BACKWARD_CONFIGS = configs.attention_rules(tables.CROSS_ATTENTION_BACKWARD, _BACKWARD_FLOAT32)
 
 
@@ -97,6 +99,11 @@ def _pick(table: configs.ConfigTable, q: torch.Tensor, num_heads: int) -> dict[s
     )
 
 
+def _forward_configs(num_queries: int) -> configs.ConfigTable:
+    """Queries that nearly fill their last 64 have a table of their own: smaller tiles would save them nothing."""
+    return CONFIGS if (num_queries - 1) % 64 < ACTION_TOKENS else FULL_CONFIGS
+
+
 def make_workspace(
     q_BTD: torch.Tensor, kv_vision_BS2D: torch.Tensor, num_heads: int, config: Mapping[str, int] | None = None
 ) -> SplitWorkspace | None:
@@ -107,7 +114,7 @@ def make_workspace(
     """
     batch, num_queries, width = q_BTD.shape
     if config is None:
-        config = _pick(CONFIGS, q_BTD, num_heads)
+        config = _pick(_forward_configs(q_BTD.shape[1]), q_BTD, num_heads)
     splits = min(config["SPLITS"], kv_vision_BS2D.shape[1] // config["BLOCK_N"])
     if splits < 2:
         return None
@@ -136,7 +143,8 @@ def launch_cross_attention(
     common.check_outputs(out_BTD, lse_BHT, tuple(q_BTD.shape), num_heads)
     k, v = _columns(kv_vision_BS2D)
     common.launch_forward(
-        q_BTD, k, v, out_BTD, lse_BHT, num_heads, scale, config or _pick(CONFIGS, q_BTD, num_heads),
+        q_BTD, k, v, out_BTD, lse_BHT, num_heads, scale,
+        config or _pick(_forward_configs(q_BTD.shape[1]), q_BTD, num_heads),
         extra=None if kv_extra_BE2D is None else _columns(kv_extra_BE2D), workspace=workspace,
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ Inference only: no backward.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,8 @@ def fold_layernorm(
 # ---------------------------------------------------------------------------------------------------------------
 # Kernels
 # ---------------------------------------------------------------------------------------------------------------
+
+MMA_ROWS = tl.constexpr(16)
 
 
 @triton.jit
@@ -260,6 +263,107 @@ def linear_epilogue(
         store_row_stats(stats_ptr, stride_stats_plane, stride_stats_part, pid_n, rows, row_mask, wide, cols, N, BLOCK_N)
 
 
+@triton.jit
+def _product(
+    x_at,  # (BLOCK_M, BLOCK_K) addresses of the first step
+    w_at,  # (BLOCK_K, BLOCK_N)
+    begin,  # steps of BLOCK_K
+    end,
+    K: tl.constexpr,
+    STRIDE_XK: tl.constexpr,
+    STRIDE_WK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """x @ W^T over the steps [begin, end) of K, in fp32."""
+    # Fewer rows than an MMA has become its columns: the product is then W @ x^T.
+    SWAPPED: tl.constexpr = BLOCK_M < MMA_ROWS
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_N, BLOCK_M) if SWAPPED else (BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(begin, end):
+        if K % BLOCK_K == 0:
+            x = tl.load(x_at)
+            w = tl.load(w_at)
+        else:
+            left = K - step * BLOCK_K
+            x = tl.load(x_at, mask=(k < left)[None, :], other=0.0)
+            w = tl.load(w_at, mask=(k < left)[:, None], other=0.0)
+        # "ieee" touches fp32 inputs alone, which are for checking rather than speed.
+        if SWAPPED:
+            acc = tl.dot(tl.trans(w), tl.trans(x), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(x, w, acc, input_precision="ieee")
+        x_at += BLOCK_K * STRIDE_XK
+        w_at += BLOCK_K * STRIDE_WK
+    if SWAPPED:
+        acc = tl.trans(acc)
+    return acc
+
+
+@triton.jit
+def _last_rows_tile(
+    x_ptr,
+    w_ptr,
+    row_sum_ptr,
+    stats_in_ptr,
+    bias_ptr,
+    out_ptr,
+    partial_ptr,
+    counter_ptr,
+    stride_stats_in_plane,
+    stride_stats_in_part,
+    tile,
+    split,
+    samples,
+    rows_per_sample,
+    eps,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    STRIDE_XM: tl.constexpr,
+    STRIDE_XK: tl.constexpr,
+    STRIDE_WN: tl.constexpr,
+    STRIDE_WK: tl.constexpr,
+    STRIDE_OM: tl.constexpr,
+    STATS_WIDTH: tl.constexpr,
+    LAST_ROWS: tl.constexpr,
+    LAST_COLUMN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    """Columns from LAST_COLUMN on of the last LAST_ROWS rows of each sample."""
+    TILES_N: tl.constexpr = (N - LAST_COLUMN + BLOCK_N - 1) // BLOCK_N
+    index = tile // TILES_N * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = index < samples * LAST_ROWS
+    index = tl.minimum(index, samples * LAST_ROWS - 1)
+    row = (index // LAST_ROWS + 1) * rows_per_sample - LAST_ROWS + index % LAST_ROWS
+    column = LAST_COLUMN + tile % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = tl.minimum(column, N - 1)
+    k = tl.arange(0, BLOCK_K)
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    begin = split * STEPS // SPLIT_K
+    end = (split + 1) * STEPS // SPLIT_K
+    row_64 = row.to(tl.int64)[:, None]
+    x_at = x_ptr + row_64 * STRIDE_XM + (begin * BLOCK_K + k)[None, :] * STRIDE_XK
+    w_at = w_ptr + col[None, :] * STRIDE_WN + (begin * BLOCK_K + k)[:, None] * STRIDE_WK
+    acc = _product(x_at, w_at, begin, end, K, STRIDE_XK, STRIDE_WK, BLOCK_M, BLOCK_N, BLOCK_K)
+    last = True
+    if SPLIT_K > 1:
+        acc, last = reduce_splits(acc, partial_ptr, counter_ptr, tile, split, SPLIT_K)
+    if last:
+        if stats_in_ptr is not None:
+            mean, rstd = merge_row_stats(
+                stats_in_ptr, stride_stats_in_plane, stride_stats_in_part, row, K, STATS_WIDTH, eps
+            )
+            acc = rstd[:, None] * (acc - mean[:, None] * tl.load(row_sum_ptr + col)[None, :])
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + col).to(tl.float32)[None, :]
+        mask = valid[:, None] & (column < N)[None, :]
+        tl.store(out_ptr + row_64 * STRIDE_OM + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["M", "rows_per_sample"])
 def _linear_kernel(
     x_ptr,  # (M, K)
@@ -301,6 +405,9 @@ def _linear_kernel(
     STATS_WIDTH: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LARGEST: tl.constexpr,
+    LAST_ROWS: tl.constexpr,  # of each sample, which alone want the columns from LAST_COLUMN on; 0: all rows do
+    LAST_COLUMN: tl.constexpr,
+    LAST_BLOCK_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -309,11 +416,47 @@ def _linear_kernel(
 ):
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    pid_m, pid_n = tile_index(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    COLUMNS: tl.constexpr = LAST_COLUMN if LAST_ROWS > 0 else N
+    if LAST_ROWS > 0:
+        before = tl.cdiv(M, BLOCK_M) * ((COLUMNS + BLOCK_N - 1) // BLOCK_N)
+        if tile >= before:
+            _last_rows_tile(
+                x_ptr,
+                w_ptr,
+                row_sum_ptr,
+                stats_in_ptr,
+                bias_ptr,
+                out_ptr,
+                partial_ptr + before * (SPLIT_K * BLOCK_M * BLOCK_N) if SPLIT_K > 1 else None,
+                counter_ptr + before if SPLIT_K > 1 else None,
+                stride_stats_in_plane,
+                stride_stats_in_part,
+                tile - before,
+                split,
+                M // rows_per_sample,
+                rows_per_sample,
+                eps,
+                N,
+                K,
+                STRIDE_XM,
+                STRIDE_XK,
+                STRIDE_WN,
+                STRIDE_WK,
+                STRIDE_OM,
+                STATS_WIDTH,
+                LAST_ROWS,
+                LAST_COLUMN,
+                LAST_BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+                SPLIT_K,
+            )
+            return
+    pid_m, pid_n = tile_index(tile, M, COLUMNS, BLOCK_M, BLOCK_N, GROUP_M)
 
     # Rows and columns past the edge re-read the last one: no mask in the loop, the stores are masked.
     row = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - pid_m * BLOCK_M)
-    col = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - pid_n * BLOCK_N)
+    col = tl.minimum(tl.arange(0, BLOCK_N), COLUMNS - 1 - pid_n * BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     begin = split * STEPS // SPLIT_K
@@ -323,20 +466,7 @@ def _linear_kernel(
     x_at = x_base + row[:, None] * STRIDE_XM + (begin * BLOCK_K + k)[None, :] * STRIDE_XK
     w_at = w_base + col[None, :] * STRIDE_WN + (begin * BLOCK_K + k)[:, None] * STRIDE_WK
 
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(begin, end):
-        if K % BLOCK_K == 0:
-            x = tl.load(x_at)
-            w = tl.load(w_at)
-        else:
-            left = K - step * BLOCK_K
-            x = tl.load(x_at, mask=(k < left)[None, :], other=0.0)
-            w = tl.load(w_at, mask=(k < left)[:, None], other=0.0)
-        # "ieee" touches fp32 inputs alone, which are for checking rather than speed.
-        acc = tl.dot(x, w, acc, input_precision="ieee")
-        x_at += BLOCK_K * STRIDE_XK
-        w_at += BLOCK_K * STRIDE_WK
-
+    acc = _product(x_at, w_at, begin, end, K, STRIDE_XK, STRIDE_WK, BLOCK_M, BLOCK_N, BLOCK_K)
     last = True
     if SPLIT_K > 1:
         acc, last = reduce_splits(acc, partial_ptr, counter_ptr, tile, split, SPLIT_K)
@@ -367,7 +497,7 @@ def _linear_kernel(
             stride_eight_scale,
             M,
             rows_per_sample,
-            N,
+            COLUMNS,
             STRIDE_RM,
             STRIDE_OM,
             STRIDE_FM,
@@ -433,6 +563,24 @@ class Film:
 
 
 @dataclass(frozen=True)
+class LastRows:
+    """The last `rows` of every `rows_per_sample` rows: they alone get the columns from `column` on."""
+
+    rows: int
+    rows_per_sample: int
+    column: int
+
+    def block_m(self, arch: configs.Arch | None = None) -> int:
+        """Rows of their tiles, the fewest that a target's MMA takes: NVIDIA's take 8 as columns."""
+        return 8 if isinstance(configs.current_arch() if arch is None else arch, int) else 16
+
+    def tiles(self, M: int, N: int, config: Mapping[str, Any], arch: configs.Arch | None = None) -> int:
+        """How many tiles cover them in an (M, N) result."""
+        rows = M // self.rows_per_sample * self.rows
+        return triton.cdiv(rows, self.block_m(arch)) * triton.cdiv(N - self.column, config["BLOCK_N"])
+
+
+@dataclass(frozen=True)
 class Workspace:
     """Scratch for split K. One per stream: two launches that may overlap must not share it.
 
@@ -443,12 +591,14 @@ class Workspace:
     counters: Tensor
 
     @staticmethod
-    def sizes(M: int, N: int, config: dict[str, Any]) -> tuple[int, int]:
+    def sizes(M: int, N: int, config: Mapping[str, Any], last: LastRows | None = None) -> tuple[int, int]:
         """(fp32 elements of partials, counters) that one launch needs; (0, 0) without a split."""
         if config["SPLIT_K"] == 1:
             return 0, 0
-        tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
-        return tiles * config["SPLIT_K"] * config["BLOCK_M"] * config["BLOCK_N"], tiles
+        tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(last.column if last else N, config["BLOCK_N"])
+        few = last.tiles(M, N, config) if last else 0
+        rows = tiles * config["BLOCK_M"] + (few * last.block_m() if last else 0)
+        return rows * config["SPLIT_K"] * config["BLOCK_N"], tiles + few
 
     @classmethod
     def allocate(cls, sizes: tuple[int, int], device: torch.device | str) -> Workspace:
@@ -527,6 +677,7 @@ def launch_linear(
     film: Film | None = None,
     stats_out: RowStats | None = None,
     eight_out: Quantized | None = None,
+    last: LastRows | None = None,
     workspace: Workspace | None = None,
     config: dict[str, Any] | None = None,
 ) -> None:
@@ -541,6 +692,8 @@ def launch_linear(
         film: also write FiLM of the result. film.out may be residual_MN, with another out or none.
         stats_out: also write row statistics, of FiLM's result if film is given, else of out; width must be BLOCK_N.
         eight_out: also write 8 bits of what stats_out are of, in groups of BLOCK_N columns.
+        last: write the columns from last.column on for some rows only; the others keep what they hold there. Only with
+            a norm and a bias.
         workspace: needed when the configuration splits K.
         config: instead of the shipped configuration.
 
@@ -549,13 +702,17 @@ def launch_linear(
     """
     M, K = x_MK.shape
     N = weight_NK.shape[0]
+    columns = last.column if last else N
     if config is None:
-        config = linear_config(M, N, K, x_MK.dtype, eight_out=eight_out is not None)
+        config = linear_config(M, columns, K, x_MK.dtype, eight_out=eight_out is not None)
     _check_linear(x_MK, weight_NK)
     check_inputs(M, N, K, bias_N, activation, residual_MN, layer_scale_N, norm, row_sum_N)
     check_outputs(M, N, out_MN, film, stats_out, eight_out, config["BLOCK_N"])
-    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"])
-    split_k = check_split(M, N, K, workspace, config)
+    if last:
+        _check_last(M, N, last, activation, residual_MN, layer_scale_N, film, stats_out, eight_out)
+    tiles = triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(columns, config["BLOCK_N"])
+    tiles += last.tiles(M, N, config) if last else 0
+    split_k = check_split(M, N, K, workspace, config, last)
     _linear_kernel[(tiles, split_k)](
         x_MK,
         weight_NK,
@@ -572,7 +729,7 @@ def launch_linear(
         *(stats_out.values.stride()[:2] if stats_out else (0, 0)),
         eight_out.scales.stride(0) if eight_out else 0,
         M,
-        film.rows_per_sample if film else 1,
+        film.rows_per_sample if film else last.rows_per_sample if last else 1,
         eps,
         N=N,
         K=K,
@@ -582,6 +739,9 @@ def launch_linear(
         STRIDE_WK=weight_NK.stride(1),
         STATS_WIDTH=norm.width if norm else 0,
         ACTIVATION=activation,
+        LAST_ROWS=last.rows if last else 0,
+        LAST_COLUMN=last.column if last else 0,
+        LAST_BLOCK_M=last.block_m() if last else 0,
         **epilogue_constants(residual_MN, out_MN, film, eight_out),
         **config,
     )
@@ -613,7 +773,9 @@ def epilogue_constants(
     }
 
 
-def check_split(M: int, N: int, K: int, workspace: Workspace | None, config: dict[str, Any]) -> int:
+def check_split(
+    M: int, N: int, K: int, workspace: Workspace | None, config: dict[str, Any], last: LastRows | None = None
+) -> int:
     """The configuration's SPLIT_K, once the workspace is known to be large enough and no split empty."""
     split_k = config["SPLIT_K"]
     if split_k == 1:
@@ -621,7 +783,7 @@ def check_split(M: int, N: int, K: int, workspace: Workspace | None, config: dic
     steps = triton.cdiv(K, config["BLOCK_K"])
     if split_k > steps:
         raise ValueError(f"SPLIT_K={split_k} leaves some of the {steps} K steps' splits empty; choose at most {steps}")
-    partials, counters = Workspace.sizes(M, N, config)
+    partials, counters = Workspace.sizes(M, N, config, last)
     if workspace is None or workspace.partials.numel() < partials or workspace.counters.numel() < counters:
         given = "none" if workspace is None else f"{workspace.partials.numel()} and {workspace.counters.numel()}"
         raise ValueError(
@@ -679,6 +841,15 @@ def check_outputs(
                 f"statistics of ({M}, {N}) in tiles of {block_n} columns need width {block_n} and values "
                 f"(2, {parts}, {M}), got {stats_out.width} and {tuple(shape)}"
             )
+
+
+def _check_last(M: int, N: int, last: LastRows, activation: str, *others: object) -> None:
+    if not 0 < last.rows <= last.rows_per_sample or M % last.rows_per_sample or not 0 < last.column < N:
+        raise ValueError(f"the last rows of an ({M}, {N}) result cannot be {last}")
+    if activation != "none" or any(other is not None for other in others):
+        raise ValueError(
+            "columns of the last rows alone go with a norm and a bias; leave out the epilogue's other parts"
+        )
 
 
 def _check_linear(x: Tensor, weight: Tensor) -> None:

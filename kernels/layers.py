@@ -1,7 +1,7 @@
 """One VAT layer as a sequence of launches over static buffers, for inference.
 
 Vision stream, 5 launches                          Action stream, 5 launches
-  1 norm, D -> 5D projection (q k v | k v action)    1 norm, query (with extra tokens: q k v)
+  1 norm, D -> 5D projection (q k v | k v action)    1 norm, query (of extra tokens also k v)
   2 self-attention of each view                      2 cross-attention to the vision keys
   3 output projection, residual                      3 output projection, residual
   4 norm, fc1, GELU                                  4 norm, fc1, GELU
@@ -52,6 +52,7 @@ from vat_fast.kernels.eight_bit import Quantized, quantize_weight
 from vat_fast.kernels.film_norm import film_layernorm_ref, launch_film_layernorm
 from vat_fast.kernels.gemm import (
     Film,
+    LastRows,
     RowStats,
     Workspace,
     activate_ref,
@@ -267,6 +268,7 @@ class StreamBuffers:
     scale: float  # of the attention scores
     film: str  # one of FILMS; "none" in a vision stream
     kv_columns: int  # of `projected`: the action keys and values
+    last: LastRows | None  # extra tokens, whose keys and values `projected` holds; in 8 bits it has all tokens'
     x_eight: Quantized | None = None  # (B * N, D)
     read_eight: Quantized | None = None  # (B * N, D)
 
@@ -294,7 +296,10 @@ def _stats(rows: int, width: int, block: int, device: torch.device | str) -> Row
 
 
 def _configs(rows: int, weights: LayerWeights, projected: int) -> dict[str, dict[str, Any]]:
-    """Configurations of the four GEMMs. In 8 bits a writer's column tile is the group in which its reader reads."""
+    """Configurations of the four GEMMs; `projected` are the columns that all rows have.
+
+    In 8 bits a writer's column tile is the group in which its reader reads.
+    """
     D, hidden, dtype, eight = weights.width, weights.hidden, weights.proj_weight.dtype, weights.eight_bit
     proj = linear_config(rows, D, D, dtype, eight_out=eight is not None)
     if eight is None:
@@ -328,9 +333,11 @@ def _allocate(
 ) -> StreamBuffers:
     D, hidden, dtype, device = weights.width, weights.hidden, weights.proj_weight.dtype, weights.proj_weight.device
     rows = batch * tokens
-    configs = _configs(rows, weights, projected)
-    columns = {"project": projected, "proj": D, "fc1": hidden, "fc2": D}
+    last = LastRows(num_extra, tokens, D) if num_extra and weights.eight_bit is None else None
+    configs = _configs(rows, weights, last.column if last else projected)
+    columns = {"proj": D, "fc1": hidden, "fc2": D}
     sizes = [Workspace.sizes(rows, N, configs[name]) for name, N in columns.items()]
+    sizes.append(Workspace.sizes(rows, projected, configs["project"], last))
     eight = weights.eight_bit
 
     def empty(width: int) -> Tensor:
@@ -359,6 +366,7 @@ def _allocate(
         scale=scale or (D // num_heads) ** -0.5,
         film=film,
         kv_columns=weights.kv_columns,
+        last=last,
         x_eight=empty_8bit(D, "proj"),
         read_eight=empty_8bit(D, "fc2"),
     )
@@ -438,6 +446,7 @@ def _project(buffers: StreamBuffers, source: Tensor, project: NormLinear, out: T
         project.weight,
         project.scale,
         out,
+        **({"last": buffers.last} if buffers.last else {}),
         bias_N=project.bias,
         norm=stats,
         row_sum_N=None if stats is None else project.row_sum,

@@ -150,7 +150,7 @@ def attention_call(name: str, problem: Problem, blocks: AttentionBlocks, device:
     case = attention_case(ATTENTION_TABLES[name], problem, vars(blocks))
     tensors = {key: x.to(device) for key, x in case.make().items()}
     more: dict[str, Any] = {}
-    if name == "CROSS_ATTENTION":  # scratch is made once, as by whoever acts
+    if case.op == "cross_attention":  # scratch is made once, as by whoever acts
         more["workspace"] = make_workspace(tensors["q"], tensors["kv"], problem.heads, vars(blocks))
 
     def call() -> object:

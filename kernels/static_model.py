@@ -62,6 +62,8 @@ DEVICES = {
 SHARED_PORT = 128
 # Architectures whose MMA reads operands from shared memory without passing registers, from 64 rows on.
 DIRECT = (90, 100, 110)
+# Fewer rows than this become the MMA's columns, of which NVIDIA's take 8.
+MMA_ROWS = 16
 # Cycles from asking for data in L2 or HBM to having it; between the published figures of the two.
 LATENCY = 700
 # Cycles before a program's first product and after its last: launch, addresses, scheduling.
@@ -88,7 +90,7 @@ class Blocks:
 
 def reads_shared_memory_directly(blocks: Blocks, arch: Arch) -> bool:
     """Whether the compiler can use asynchronous MMA; below 64 rows it falls back to the older kind at half rate."""
-    return arch in DIRECT and blocks.BLOCK_M >= 64
+    return arch in DIRECT and (blocks.BLOCK_N if blocks.BLOCK_M < MMA_ROWS else blocks.BLOCK_M) >= 64
 
 
 def shared_bytes(blocks: Blocks, element: int, arch: Arch) -> int:
@@ -153,6 +155,9 @@ def microseconds(M: int, N: int, K: int, blocks: Blocks, element: int, device: D
     return max(on_chip, hbm / (device.bandwidth * 1e3) + (FIXED + LATENCY) / (device.clock * 1e3)), on_chip
 
 
+# For at most 8 rows.
+FEW_ROWS = 8
+FEW_ROWS_TILES = ((8, 64, 64, 4, 4), (8, 64, 128, 4, 3), (8, 128, 64, 4, 4))
 # Tiles worth considering: (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages), BLOCK_K in 2-byte elements.
 TILES = (
     (16, 64, 64, 4, 4),
@@ -199,7 +204,9 @@ def candidates(
 ) -> Iterator[Blocks]:
     """Configurations that fit the device at least twice and waste no tile on few rows; only of block_n if given."""
     for block_m, tile_n, block_k, warps, stages in tiles:
-        if block_m > max(16, 2 ** math.ceil(math.log2(M))) or block_n not in (None, tile_n):
+        if block_m > max(MMA_ROWS, 2 ** math.ceil(math.log2(M))) or block_n not in (None, tile_n):
+            continue
+        if block_m < MMA_ROWS and (M > FEW_ROWS or not isinstance(device.arch, int)):
             continue
         if not isinstance(device.arch, int):
             stages = 2  # MI300 pipelines through registers; more stages only fill its 64 KB
@@ -271,7 +278,7 @@ class TableSpec:
 
 
 TABLES = {
-    "LINEAR": TableSpec(2),
+    "LINEAR": TableSpec(2, rows=(FEW_ROWS, *ROWS), tiles=(*FEW_ROWS_TILES, *TILES)),
     "QUANT_LINEAR": TableSpec(1),
     "GROUPED_LINEAR": TableSpec(2, ((None, None, 1152, 1152),), GROUPED_ROWS, grouped=True),
     "GROUPED_QUANT_LINEAR": TableSpec(1, LAYERS[1:], GROUPED_ROWS, grouped=True),

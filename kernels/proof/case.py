@@ -43,6 +43,7 @@ class Case:
         narrow_amd: the same where only AMD's wider waves make them narrower.
         extra_flops: the written reason where issued flops exceed `aot.ISSUED_FLOPS` times the useful ones.
         most_issued: with `extra_flops`, what they may not exceed.
+        extra_flops_amd, most_issued_amd: the same on AMD's targets alone.
         for_checking: the case checks results and is not meant to be fast: it need only compile and fit.
     """
 
@@ -63,6 +64,8 @@ class Case:
     narrow_amd: str = ""
     extra_flops: str = ""
     most_issued: float = 0.0
+    extra_flops_amd: str = ""
+    most_issued_amd: float = 0.0
     for_checking: bool = False
 
     def results(self, tensors: Tensors) -> Tensors:

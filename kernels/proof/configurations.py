@@ -109,7 +109,7 @@ def _attention_cases() -> list[Case]:
                 if (shape, config) not in seen:
                     seen.append((shape, config))
                     case = attention_case(table, problem)
-                    cases.append(replace(case, op=OP, name=f"{table.op} {arch} {case.name}", archs=(arch,)))
+                    cases.append(replace(case, op=OP, name=f"{name.lower()} {arch} {case.name}", archs=(arch,)))
     return cases
 
 

@@ -1,7 +1,9 @@
 """Counts the matrix-product flops that a launch issues, padding and masked tiles included, at production shapes.
 
 The kernel runs in the interpreter with every load answered by zeros and every store dropped, so that only its control
-flow and the sizes of its products count. Grids above `SAMPLE` programs are sampled at random (fixed seed) and scaled.
+flow and the sizes of its products count. Of large grids some programs run. Along the first two axes programs differ
+(tiles, key blocks, splits), along the third (samples) they do not: one of the third for all of the first two, or where
+those are many, `SAMPLE` at random (fixed seed).
 Needs a process in which Triton was imported with TRITON_INTERPRET=1.
 """
 
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import random
 from collections.abc import Iterator
 from itertools import product
@@ -17,9 +20,16 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-SAMPLE = 128
+MOST, SAMPLE = 1024, 128
 # Targets often share block sizes: flops by kernel, grid and every argument that is no tensor.
 _known: dict[tuple, float] = {}
+
+
+def sampled(grid: tuple[int, int, int]) -> list[tuple[int, ...]]:
+    """The programs that stand for a grid."""
+    if grid[0] * grid[1] <= MOST:
+        return [(*tile, 0) for tile in product(range(grid[0]), range(grid[1]))]
+    return random.Random(0).sample(list(product(*(range(n) for n in grid))), SAMPLE)
 
 
 @contextlib.contextmanager
@@ -56,8 +66,7 @@ def count_flops() -> Iterator[list[float]]:
             grid = self.grid(bound) if callable(self.grid) else self.grid
             grid = tuple(grid) + (1,) * (3 - len(grid))
             interpreter.interpreter_builder.set_grid_dim(*grid)
-            programs = list(product(*(range(n) for n in grid)))
-            chosen = programs if len(programs) <= SAMPLE else random.Random(0).sample(programs, SAMPLE)
+            chosen = sampled(grid)
             key = (self.fn.__name__, grid, numbers)
             if key in _known:
                 launches.append(_known[key])
@@ -66,7 +75,7 @@ def count_flops() -> Iterator[list[float]]:
             for program in chosen:
                 interpreter.interpreter_builder.set_grid_idx(*program)
                 self.fn(**bound)
-            launches[-1] *= len(programs) / len(chosen)
+            launches[-1] *= math.prod(grid) / len(chosen)
             _known[key] = launches[-1]
         finally:
             scope.restore()

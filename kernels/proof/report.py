@@ -166,6 +166,7 @@ def _head() -> list[str]:
         "  MB / bandwidth; *c* where compute decides, else memory. Launch latency is not in it.",
         "- **compiled code**, per target: registers a thread / spilled accesses / blocks that fit on a multiprocessor.",
         "- **issued**: matrix flops that the launches issue, padding included, over the useful ones, the worst target.",
+        "  They are counted by tiles; in the attention kernels' compiled loops no warp repeats another's products.",
         "",
         "`python -m vat_fast.kernels.proof.aot` compiles everything again and holds it to its promises. Among them are",
         "tensor-core instructions, and 16-byte accesses in the hot loops of all targets, AMD's included; exceptions",
@@ -248,6 +249,7 @@ def _reasons(cases: Sequence[Case]) -> list[str]:
             ("accesses narrower than 16 bytes", case.narrow),
             ("accesses narrower than 16 bytes on gfx942", case.narrow_amd),
             (f"at most {case.most_issued:g} times the useful flops, not {aot.ISSUED_FLOPS:g}", case.extra_flops),
+            (f"at most {case.most_issued_amd:g} times the useful flops on gfx942", case.extra_flops_amd),
         ):
             if reason:
                 found.setdefault(f"{what}: {reason}", []).append(case.name)

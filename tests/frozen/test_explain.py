@@ -12,6 +12,8 @@ from vat_fast.frozen.costs import step_cost
 from vat_fast.frozen.engine import make_plan
 from vat_fast.frozen.explain import explain
 from vat_fast.frozen.target import Target
+from vat_fast.frozen.tiles import last_rows
+from vat_fast.kernels.gemm import LastRows
 
 SO400M = VATConfig.from_preset("siglip2-so400m")
 TARGET = Target("triton", "bf16", images="uint8")
@@ -89,3 +91,19 @@ def test_training_is_estimated_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ranks" in json.dumps(found)
     assert main(["explain", "--train", "--preset", "vit-tiny"]) == 0
     assert "no step is faster than this" in capsys.readouterr().out
+
+
+def test_keys_of_extra_tokens_are_computed_for_them_alone() -> None:
+    """In the same launch as the query; in 8 bits, where all tokens get them, `last_rows` is None."""
+    config = SO400M.replace(proprio_dim=8)
+    D, T = config.action_width, config.num_action_tokens
+    plan = make_plan(config, 3, TARGET)
+    (step,) = (step for step in plan.all_steps if step.name == "action.1.project")
+    assert step.options["last"] == (1, D)
+    assert last_rows(plan, step) == LastRows(1, T + 1, D)
+    assert step_cost(plan, step, "triton").flops == 2 * D * 3 * ((T + 1) * D + 2 * D)
+    eight = make_plan(config, 3, Target(executor="triton", dtype="int8"))
+    (step,) = (step for step in eight.all_steps if step.name == "action.1.project")
+    assert last_rows(eight, step) is None
+    launches = [explain(c, TARGET).totals["launches"] for c in (SO400M, config)]
+    assert launches[1] - launches[0] < 10

@@ -147,20 +147,32 @@ def test_baseline_of_another_triton_is_refused(tmp_path):
 
 def test_every_excess_of_issued_flops_has_a_reason_and_a_tight_limit(baseline):
     """A reason alone would let the figure grow; a loose limit too."""
-    excused = [case for case in all_cases() if case.extra_flops]
-    assert excused
-    for case in excused:
-        shares = [entry["issued_flops"] / case.useful_flops for entry in baseline[case.key].values()]
-        assert max(shares) <= case.most_issued, case.key
-    for limit in {case.most_issued for case in excused}:
-        worst = max(
-            entry["issued_flops"] / case.useful_flops
-            for case in excused
-            if case.most_issued == limit
-            for entry in baseline[case.key].values()
-        )
-        assert limit - worst < 0.02, f"the limit {limit} is loose: the worst is {worst:.3f}"
-    assert all(case.extra_flops for case in all_cases() if case.most_issued)
+    worst: dict[float, float] = {}
+    for case in all_cases():
+        assert bool(case.extra_flops) == bool(case.most_issued), case.key
+        assert bool(case.extra_flops_amd) == bool(case.most_issued_amd), case.key
+        for arch in case.archs if case.useful_flops else ():
+            limit = aot.most_issued(case, arch)
+            share = baseline[case.key][aot.target_name(arch)]["issued_flops"] / case.useful_flops
+            assert share <= limit, f"{case.key} on {arch}"
+            worst[limit] = max(share, worst.get(limit, 0.0))
+    assert len(worst) > 1
+    for limit, share in worst.items():
+        assert limit == aot.ISSUED_FLOPS or limit - share < 0.02, f"{limit} is loose: the worst is {share:.3f}"
+
+
+def test_who_issues_more_than_the_limit_on_nvidia(baseline):
+    """Head dim 36, which no MMA fits, and by half a percent sm_100, where keeping to it would cost too much time."""
+    above = {
+        (case.name, arch)
+        for case in all_cases()
+        for arch in case.archs
+        if case.useful_flops and isinstance(arch, int)
+        if baseline[case.key][f"sm_{arch}"]["issued_flops"] > aot.ISSUED_FLOPS * case.useful_flops
+    }
+    assert above - {("so400m 16 samples", 100)} == {
+        ("so400m width/2 1 sample", arch) for arch in (80, 87, 89, 90, 100, 110)
+    }
 
 
 def test_excess_above_its_limit_is_a_broken_promise_and_growth():

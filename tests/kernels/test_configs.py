@@ -8,7 +8,16 @@ import sys
 import pytest
 import torch
 
-from vat_fast.kernels import attention_model, choose, configs, gemm, low_precision, static_model, tables
+from vat_fast.kernels import (
+    attention_common,
+    attention_model,
+    choose,
+    configs,
+    gemm,
+    low_precision,
+    static_model,
+    tables,
+)
 from vat_fast.kernels.proof import aot
 
 TABLE = {
@@ -172,7 +181,7 @@ def test_facts_of_attention_are_of_the_code_that_ships():
         rules = configs.attention_rules(getattr(tables, name), {})
         for arch in rules:
             for _, problem in table.problems():
-                case = baseline.get(f"configuration/{table.op} {arch} head dim {problem.head_dim} B{problem.batch}")
+                case = baseline.get(f"configuration/{name.lower()} {arch} head dim {problem.head_dim} B{problem.batch}")
                 if case is None or arch in attention_model.TWINS or arch in tables.MEASURED:
                     continue
                 picked = configs.pick(rules, arch, bits=16, head_dim=problem.head_dim, programs=problem.programs)
@@ -192,3 +201,29 @@ def test_keys_are_split_where_heads_alone_leave_the_machine_idle():
     h100, orin = static_model.DEVICES["H100"], static_model.DEVICES["Orin"]
     assert attention_model.choose(table, one, h100).SPLITS > attention_model.choose(table, one, orin).SPLITS
     assert attention_model.choose(table, many, h100).SPLITS == 1
+
+
+def test_no_warp_repeats_anothers_products():
+    """Issued flops are counted by tiles: that is all there is only if no two warps multiply the same.
+
+    Known of the older MMA, whose instructions are 16 x 8 x 16: those of the compiled hot loop are the tile's share.
+    """
+    compared = 0
+    for name, table in attention_model.ATTENTION_TABLES.items():
+        rules = configs.attention_rules(getattr(tables, name), {})
+        for arch in (80, 89):
+            for _, problem in table.problems():
+                picked = configs.pick(rules, arch, bits=16, head_dim=problem.head_dim, programs=problem.programs)
+                blocks = attention_model.AttentionBlocks(**picked)
+                fact = attention_model.fact_of(table.op, problem.head_dim, blocks, arch)
+                tails = () if table.backward else attention_common.query_tails(problem.queries, blocks.BLOCK_M, arch)
+                shares = []
+                for rows in {blocks.BLOCK_M, *tails} - {0}:
+                    inner, outer = attention_model._columns(table, problem.head_dim, blocks, rows, arch)
+                    columns = 2 * inner + 3 * outer if table.backward else inner + outer
+                    shares.append(rows * blocks.BLOCK_N * columns / (16 * 8 * 16) / blocks.num_warps)
+                assert attention_model.repeats(table, blocks, arch) == 1
+                # dq's narrow tail has rows for two of four warps: a fiftieth.
+                assert min(abs(fact["loop_mma"] / share - 1) for share in shares) < 0.03, (name, arch, blocks)
+                compared += 1
+    assert compared >= 2 * 3 * 11

@@ -9,7 +9,7 @@ import torch
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
-from vat_fast.kernels import configs
+from vat_fast.kernels import attention_common, configs
 from vat_fast.kernels.cross_attention import cross_attention, cross_attention_ref
 from vat_fast.kernels.proof import worker
 
@@ -69,7 +69,7 @@ def launch(tensors, H, scale, nan_like, workspace=None):
 
 def poisoned_workspace(q, kv, H, splits):
     """Shares NaN-filled; `splits` None: as the table says, "most": as many as whole key tiles, up to eight."""
-    config = ca._pick(ca.CONFIGS, q, H)
+    config = ca._pick(ca._forward_configs(q.shape[1]), q, H)
     if splits == "most":
         splits = min(8, kv.shape[1] // config["BLOCK_N"])
     made = ca.make_workspace(q, kv, H, config if splits is None else {**config, "SPLITS": splits})
@@ -124,6 +124,49 @@ def test_every_table_gives_the_right_answer(arch, nan_like, assert_error_at_most
         truth, eager = (reference(tensors, 1, d**-0.5, dtype) for dtype in (torch.float64, torch.float16))
         for actual, low, high in zip((out, *gradients), (eager[0], *eager[2]), (truth[0], *truth[2]), strict=True):
             assert_error_at_most_2x_eager(actual, low, high)
+
+
+@pytest.mark.parametrize(
+    ("queries", "block", "arch", "expected"),
+    [
+        (56, 32, 90, (16, 8)),
+        (56, 64, 90, (64, 0)),
+        (57, 32, 90, (32, 0)),
+        (112, 64, 90, (32, 16)),
+        (64, 32, 90, (0, 0)),
+        (261, 64, 80, (8, 0)),
+        (1, 64, 80, (8, 0)),
+        (56, 32, "gfx942", (32, 0)),
+        (112, 64, "gfx942", (32, 16)),
+        (7, 64, "gfx942", (16, 0)),
+    ],
+)
+def test_tiles_of_the_last_queries(queries, block, arch, expected):
+    tails = attention_common.query_tails(queries, block, arch)
+    assert tails == expected
+    assert queries // block * block + sum(tails) >= queries
+    assert attention_common.query_tiles(queries, block, arch) == queries // block + sum(rows > 0 for rows in tails)
+
+
+@pytest.mark.parametrize("warps", [2, 4])
+@pytest.mark.parametrize(
+    ("T", "block", "E", "d"), [(56, 32, 0, 72), (56, 32, 2, 36), (8, 32, 1, 96), (112, 64, 0, 72), (40, 64, 1, 64)]
+)
+def test_queries_as_columns_match_fp64(T, block, E, d, warps, nan_like, assert_error_at_most_2x_eager):
+    """Tiles with fewer rows than the warps multiply, split over the keys and whole."""
+    q, kv, extra, grad = tensors = make(2, T, 200, E, 1, d, torch.bfloat16, strided=True)
+    truth, eager = (reference(tensors, 1, d**-0.5, dtype) for dtype in (torch.float64, torch.bfloat16))
+    for splits in (1, 3):
+        config = {"BLOCK_M": block, "BLOCK_N": 64, "SPLITS": splits, "num_warps": warps, "num_stages": 2}
+        workspace = ca.make_workspace(q, kv, 1, config)
+        if workspace is not None:
+            workspace.partial.fill_(float("nan"))
+        out, lse = nan_like(grad), torch.full((2, 1, T), float("nan"))
+        ca.launch_cross_attention(q, kv, 1, d**-0.5, out, lse, extra, workspace, config)
+        assert_error_at_most_2x_eager(out, eager[0], truth[0])
+        keys = kv.chunk(2, -1)[0] if extra is None else torch.cat([extra, kv], 1).chunk(2, -1)[0]
+        scores = q.double() @ keys.double().mT * d**-0.5
+        torch.testing.assert_close(lse[:, 0].double(), torch.logsumexp(scores, -1), rtol=1e-5, atol=1e-5)
 
 
 def test_how_keys_are_split():

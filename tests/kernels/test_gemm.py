@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vat_fast.kernels import gemm
-from vat_fast.kernels.gemm import Film, RowStats, Workspace
+from vat_fast.kernels import configs, gemm
+from vat_fast.kernels.gemm import Film, LastRows, RowStats, Workspace
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 EPS = 1e-6
@@ -46,6 +46,65 @@ def test_linear_with_everything_at_odd_shapes(M, N, K, dtype, assert_error_at_mo
     arguments = (x, weight, bias, "gelu", residual, scale)
     truth = gemm.linear_ref(*(value.double() if isinstance(value, torch.Tensor) else value for value in arguments))
     assert_error_at_most_2x_eager(out, gemm.linear_ref(*arguments), truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 269, 300), (7, 96, 320), (8, 64, 192), (9, 40, 300)])
+def test_rows_as_columns(M, N, K, split, dtype, assert_error_at_most_2x_eager):
+    """Tiles of 8 rows, which no MMA has: the product is that of the transposes."""
+    x, weight = normal(M, K, seed=0).to(dtype), normal(N, K, seed=1, scale=K**-0.5).to(dtype)
+    residual, out = normal(M, N, seed=4).to(dtype), torch.full((M, N), float("nan"), dtype=dtype)
+    blocks = config(m=8, split=split)
+    stats = empty_stats(M, N, blocks["BLOCK_N"])
+    gemm.launch_linear(
+        x, weight, out, activation="relu", residual_MN=residual, stats_out=stats,
+        workspace=workspace(M, N, blocks), config=blocks,
+    )  # fmt: skip
+    arguments = (x, weight, None, "relu", residual)
+    truth = gemm.linear_ref(*(value.double() if isinstance(value, torch.Tensor) else value for value in arguments))
+    assert_error_at_most_2x_eager(out, gemm.linear_ref(*arguments), truth)
+    first = out[:, : blocks["BLOCK_N"]].float()
+    torch.testing.assert_close(stats.values[0, 0], first.mean(1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", [80, "gfx942"])
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize(("samples", "tokens", "extra", "column"), [(1, 57, 1, 64), (3, 20, 2, 96), (9, 5, 1, 40)])
+def test_columns_of_the_last_rows_alone(samples, tokens, extra, column, split, arch, assert_error_at_most_2x_eager):
+    """Query of all tokens, keys and values of each sample's last ones: one launch, all else is left alone."""
+    M, N, K = samples * tokens, column + 168, 200
+    last = LastRows(extra, tokens, column)
+    x, weight = normal(M, K, seed=0, shift=0.3).bfloat16(), normal(N, K, seed=1, scale=K**-0.5).bfloat16()
+    bias, row_sum = normal(N, seed=2), weight.double().sum(1).float()
+    stats = empty_stats(M, K, K)
+    gemm.launch_row_stats(x, stats)
+    out = torch.full((M, N), float("nan"), dtype=torch.bfloat16)
+    blocks = config(split=split)
+    with configs.override_arch(arch):
+        scratch = Workspace.allocate(Workspace.sizes(M, N, blocks, last), "cpu")
+        scratch.partials.fill_(float("nan"))
+        gemm.launch_linear(
+            x, weight, out, bias_N=bias, norm=stats, row_sum_N=row_sum, eps=EPS, last=last,
+            workspace=scratch, config=blocks,
+        )  # fmt: skip
+    eager = gemm.norm_linear_ref(x, weight, bias.bfloat16(), EPS)
+    truth = gemm.norm_linear_ref(x.double(), weight.double(), bias.double(), EPS)
+    assert_error_at_most_2x_eager(out[:, :column], eager[:, :column], truth[:, :column])
+    rows = torch.arange(M).view(samples, tokens)[:, -extra:].flatten()
+    assert_error_at_most_2x_eager(out[rows, column:], eager[rows, column:], truth[rows, column:])
+    others = torch.ones(M, dtype=torch.bool)
+    others[rows] = False
+    assert out[others, column:].isnan().all()
+    assert not scratch.counters.any()
+
+
+def test_last_rows_that_do_not_fit_are_refused():
+    x, weight, out = torch.zeros(6, 16), torch.zeros(32, 16), torch.zeros(6, 32)
+    with pytest.raises(ValueError, match=r"last rows of an \(6, 32\) result cannot be"):
+        gemm.launch_linear(x, weight, out, last=LastRows(1, 4, 16), config=config())
+    with pytest.raises(ValueError, match="go with a norm and a bias"):
+        gemm.launch_linear(x, weight, out, last=LastRows(1, 3, 16), residual_MN=out, config=config())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

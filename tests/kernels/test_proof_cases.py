@@ -1,8 +1,11 @@
 """Every registered case, at its ragged edges: clean accesses, and an error that eager low precision has too."""
 
+import itertools
+
 import pytest
 import torch
 
+from vat_fast.kernels.proof import flops
 from vat_fast.kernels.proof.case import all_cases, random, shapes_only, unwritten
 from vat_fast.kernels.proof.report import edge_errors
 
@@ -47,3 +50,16 @@ def test_shapes_only_allocates_without_values():
 def test_unknown_op_is_refused():
     with pytest.raises(ValueError, match="no case is registered for op 'nothing'; registered ops: "):
         all_cases("nothing")
+
+
+@pytest.mark.parametrize("grid", [(9, 16, 16), (1, 16, 16), (4, 3, 2), (500, 2, 1), (128, 1, 3)])
+def test_programs_that_differ_are_all_counted(grid):
+    """Key blocks and splits of K differ in their work, samples do not."""
+    assert {program[:2] for program in flops.sampled(grid)} == set(itertools.product(range(grid[0]), range(grid[1])))
+    assert len(flops.sampled(grid)) == grid[0] * grid[1]
+
+
+def test_of_very_many_programs_a_sample_is_counted():
+    programs = flops.sampled((5000, 1, 1))
+    assert len(set(programs)) == len(programs) == flops.SAMPLE
+    assert all(0 <= first < 5000 for first, *_ in programs)

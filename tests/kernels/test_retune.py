@@ -56,7 +56,7 @@ def test_attention_is_checked_before_it_is_timed(right, monkeypatch):
 @pytest.mark.parametrize("name", attention_model.ATTENTION_TABLES)
 def test_attention_of_every_table_is_checked_before_it_is_timed(name):
     problem = attention_model.Problem(1, 2, 40, 40 if name.startswith("VISION") else 64, 16)
-    splits = 2 if name == "CROSS_ATTENTION" else 1
+    splits = 2 if attention_model.ATTENTION_TABLES[name].op == "cross_attention" else 1
     retune.attention_call(name, problem, attention_model.AttentionBlocks(32, 32, splits, 4, 1), "cpu")()
 
 

@@ -71,7 +71,7 @@ def test_a_single_token_copies_its_value(nan_like):
     qkv, grad = make(2, 1, 2, 72, torch.float32)
     out, _, dqkv = launch(qkv, grad, 2, 0.1, nan_like)
     assert torch.equal(out, qkv[..., 2 * 144 :])
-    assert torch.equal(dqkv[..., 2 * 144 :], grad)
+    torch.testing.assert_close(dqkv[..., 2 * 144 :], grad, rtol=1e-6, atol=0)  # the weight, recomputed, rounds
     assert dqkv[..., : 2 * 144].abs().max() < 1e-5
 
 

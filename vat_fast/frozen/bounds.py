@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from vat_fast.frozen.costs import attention_shape, gemm_shape, step_cost, weight_bytes
 from vat_fast.frozen.plan import BYTES, Plan, Step
-from vat_fast.frozen.tiles import blocks
+from vat_fast.frozen.tiles import blocks, last_rows
 from vat_fast.kernels.static_model import DEVICES, Device
 
 L2_MB = {"A100": 40, "Orin": 4, "4090": 72, "H100": 50, "B200": 126, "Thor": 32, "MI300X": 256}
@@ -120,7 +120,11 @@ def _tiles(plan: Plan, step: Step, part: Device) -> tuple[float, float]:
     if step.op in ("linear", "patch_embed"):
         M, N, K = gemm_shape(plan, step)
         tile = blocks(plan, step, part.arch)
-        programs = math.ceil(M / tile["BLOCK_M"]) * math.ceil(N / tile["BLOCK_N"]) * tile["SPLIT_K"]
+        last = last_rows(plan, step)
+        tiles = math.ceil(M / tile["BLOCK_M"]) * math.ceil((last.column if last else N) / tile["BLOCK_N"])
+        # Tiles of the last rows alone are small: together they count as so many whole ones.
+        few = last.tiles(M, N, tile, part.arch) * last.block_m(part.arch) if last else 0
+        programs = (tiles + math.ceil(few / tile["BLOCK_M"])) * tile["SPLIT_K"]
         program = 2.0 * tile["BLOCK_M"] * tile["BLOCK_N"] * K / tile["SPLIT_K"]
         return math.ceil(programs / part.multiprocessors) * program * part.multiprocessors, programs * program
     if step.op in ("attention", "cross_attention"):

@@ -67,7 +67,9 @@ def attention_shape(plan: Plan, step: Step) -> tuple[int, int, int, int]:
 
 def _flops(plan: Plan, step: Step) -> int:
     if step.op in ("linear", "patch_embed"):
-        return 2 * prod(gemm_shape(plan, step))
+        M, N, K = gemm_shape(plan, step)
+        rows, column = step.option("last", (0, N))
+        return 2 * K * (M * column + plan.batch * rows * (N - column))
     if step.op in ("attention", "cross_attention"):
         return 4 * prod(attention_shape(plan, step))
     return 0

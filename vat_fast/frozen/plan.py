@@ -125,7 +125,8 @@ class Step:
 OPS: dict[str, str] = {
     "patch_embed": "x = patches(pixels) W + b + position behind prefix tokens; float (B,V,3,H,W) or uint8 (B,V,H,W,3)",
     "norm": "y = (x - mean) / sqrt(var + eps) [* weight + bias]; `group` tokens make one row",
-    "linear": "y = residual + scale * act(x W^T + b), W's rows `rows`; with `norm`, x is normalised first",
+    "linear": "y = residual + scale * act(x W^T + b), W's rows `rows`; with `norm`, x is normalised first; `last` "
+    "(rows, column): the columns from `column` on are read of the last `rows` tokens alone",
     "activation": "y = act(x)",
     "residual": "y = x + scale * h",
     "attention": "self-attention within each of `views` views, from packed q | k | v",

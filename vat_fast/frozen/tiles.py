@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vat_fast.frozen.costs import gemm_shape
 from vat_fast.frozen.plan import Plan, Step
+
+if TYPE_CHECKING:
+    from vat_fast.kernels.gemm import LastRows
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EIGHT_BIT = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -28,4 +31,14 @@ def blocks(plan: Plan, step: Step, arch: int | str | None = None) -> dict[str, A
     if "quantised" in step.options:
         narrow, group = EIGHT_BIT[step.options["quantised"]], step.option("group", K)
         return quant_linear_config(M, N, K, narrow, group, arch, eight_out)
-    return linear_config(M, N, K, dtype, arch, eight_out)
+    return linear_config(M, step.option("last", (0, N))[1], K, dtype, arch, eight_out)
+
+
+def last_rows(plan: Plan, step: Step) -> LastRows | None:
+    """What the kernel is told of the step's option `last`; nothing in 8 bits, where all tokens get all columns."""
+    from vat_fast.kernels.gemm import LastRows
+
+    if "last" not in step.options or "quantised" in step.options:
+        return None
+    rows, column = step.options["last"]
+    return LastRows(rows, plan.shape(step.outputs["y"])[1], column)

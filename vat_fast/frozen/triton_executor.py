@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vat_fast.frozen.costs import gemm_shape, in_triton
 from vat_fast.frozen.plan import Plan, Step
-from vat_fast.frozen.tiles import blocks
+from vat_fast.frozen.tiles import blocks, last_rows
 from vat_fast.frozen.torch_executor import TorchExecutor, view
 from vat_fast.frozen.weights import SCALE
 from vat_fast.kernels.cross_attention import launch_cross_attention, make_workspace
@@ -156,6 +156,8 @@ class TritonExecutor(TorchExecutor):
             "workspace": self._workspaces.get(step.stream),
             "config": tile,
         }
+        if last := last_rows(self.plan, step):
+            arguments["last"] = last
         if "norm" in step.options:
             # Of the rounded weight: the sums must cancel the row mean as the tensor cores see it.
             sums = weight.double().sum(1) * (1.0 if scale is None else scale.double())
@@ -238,7 +240,7 @@ def _split_workspaces(plan: Plan, device: torch.device) -> dict[str, Workspace]:
     for step in plan.all_steps:
         if step.op == "linear" and in_triton(step.op, step.options):
             M, N, _ = gemm_shape(plan, step)
-            need = Workspace.sizes(M, N, blocks(plan, step))
+            need = Workspace.sizes(M, N, blocks(plan, step), last_rows(plan, step))
             have = sizes.get(step.stream, (0, 0))
             sizes[step.stream] = (max(have[0], need[0]), max(have[1], need[1]))
     return {stream: Workspace.allocate(size, device) for stream, size in sizes.items()}

@@ -114,16 +114,14 @@ def _case(name: str, M: int, N: int, K: int, *parts: str, samples: int = 1) -> C
         name=name,
         make=lambda: _make(M, N, K, parts, samples),
         # Ragged in rows and columns and, like 4304, in K's last step.
-        edge=lambda: _make(57 if M <= 64 else 70, 144, K % 128 + 256, parts, 1),
+        edge=lambda: _make(7 if M <= 8 else 57 if M <= 64 else 70, 144, K % 128 + 256, parts, 1),
         launch=_launch,
         reference=_reference,
         outputs=outputs,
         useful_flops=2 * M * N * K,
         useful_bytes=2 * in_and_out + M * N * ("eight" in parts),
         mma=True,
-        # The head: one row for each of a chunk's 8 steps.
-        extra_flops="tensor cores multiply at least 16 rows; weight traffic bounds so few" if M < 16 else "",
-        most_issued=2.03 if M < 16 else 0.0,
+        extra_flops="",
     )
 
 

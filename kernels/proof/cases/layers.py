@@ -271,17 +271,16 @@ def _action(
         launch=launch,
         reference=reference,
         result=result if eight else None,
-        outputs=("x", "read_eight" if eight else "read", "projected", "attended", "hidden", "x_stats", "read_stats"),
+        # With extra tokens, nothing reads or writes the others' keys and values in `projected`.
+        outputs=(
+            *("x", "read_eight" if eight else "read", "attended", "hidden", "x_stats", "read_stats"),
+            *(() if extra else ("projected",)),
+        ),
         useful_flops=2 * (M * linears + extra * extra_weights) + 4 * M * (keys + extra) * D,
         useful_bytes=weight_bytes + 2 * (2 * keys * D + 3 * M * D),
         mma=True,
         archs=_archs(eight),
         narrow=ROW_SCALES if eight else "",
-        extra_flops="keys and values of the extra tokens come out of the query's GEMM for all rows: their weights are "
-        "read in any case, and a launch of their own would cost more than the idle rows"
-        if extra
-        else "",
-        most_issued=1.36 if extra else 0.0,
     )
 
 

@@ -57,8 +57,8 @@ def share_steps(plan: Plan, target: Target) -> Plan:
 def merge_projections(plan: Plan, target: Target) -> Plan:
     """Linears without activation that read the same rows become one, their outputs its columns.
 
-    With Triton, keys and values of the extra tokens join the query though they need fewer rows: a launch costs more
-    there than the rows.
+    With Triton, keys and values of the extra tokens join the query though they need fewer rows: the option `last` says
+    so, and saves a launch.
     """
     groups: dict[tuple[object, ...], list[Step]] = {}
     for step in plan.all_steps:
@@ -93,13 +93,27 @@ def merge_projections(plan: Plan, target: Target) -> Plan:
             moved[old] = (name, column, first)
             column += plan.buffers[old].shape[-1]
             change[step.name] = ()
-        joined = Step(name, "linear", {"x": main.inputs["x"]}, {"y": Access(name)}, merged, stream=main.stream)
+        joined = Step(
+            name, "linear", {"x": main.inputs["x"]}, {"y": Access(name)}, merged, _last(plan, steps), stream=main.stream
+        )
         change[steps[0].name] = (joined,)
     for step in plan.all_steps:
         if step.name not in change and any(access.buffer in moved for access in step.inputs.values()):
             inputs = {role: _moved(plan, access, buffers, moved) for role, access in step.inputs.items()}
             change[step.name] = (step.replace(inputs=inputs),)
     return plan.replace(buffers=buffers, weights=weights).rewritten(change)
+
+
+def _last(plan: Plan, steps: list[Step]) -> dict[str, tuple[int, int]]:
+    """The option `last` of merged linears of which the last ones read no more than the same last tokens."""
+    tokens = plan.buffers[steps[0].inputs["x"].buffer].shape[1]
+    begins = [(step.inputs["x"].tokens or (0, tokens))[0] for step in steps]
+    ends = {(step.inputs["x"].tokens or (0, tokens))[1] for step in steps}
+    all_rows = [step for step, begin in zip(steps, begins, strict=True) if begin == 0]
+    few = set(begins[len(all_rows) :])
+    if ends != {tokens} or len(few) != 1 or 0 in few:
+        return {}
+    return {"last": (tokens - few.pop(), sum(plan.shape(step.outputs["y"])[-1] for step in all_rows))}
 
 
 def _mergeable(plan: Plan, step: Step) -> bool:

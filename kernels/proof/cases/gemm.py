@@ -121,7 +121,11 @@ def _case(name: str, M: int, N: int, K: int, *parts: str, samples: int = 1) -> C
         useful_flops=2 * M * N * K,
         useful_bytes=2 * in_and_out + M * N * ("eight" in parts),
         mma=True,
-        extra_flops="",
+        # The head: one row for each of a chunk's 8 steps.
+        extra_flops_amd="its MMAs multiply at least 16 rows and columns; weight traffic bounds so few"
+        if M < 16
+        else "",
+        most_issued_amd=2.0 if M < 16 else 0.0,
     )
 
 

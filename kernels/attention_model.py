@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vat_fast.kernels.attention_common import MIN_TILE, min_output_tile, query_tails, query_tiles, warps_of_rows
+from vat_fast.kernels.attention_tiles import MIN_TILE, min_output_tile, query_tails, query_tiles, warps_of_rows
 from vat_fast.kernels.configs import Arch
 from vat_fast.kernels.proof.code import occupancy
 from vat_fast.kernels.static_model import (
@@ -330,7 +330,7 @@ def issued(table: AttentionTable, problem: Problem, blocks: AttentionBlocks, arc
 def repeats(table: AttentionTable, blocks: AttentionBlocks, arch: Arch) -> float:
     """How many warps do the same products: in a backward's, but for dq's, a warp takes 16 keys at least.
 
-    A forward has none, see ``attention_common.warps_of_rows``. AMD's and asynchronous MMAs are not known to.
+    A forward has none, see ``attention_tiles.warps_of_rows``. AMD's and asynchronous MMAs are not known to.
     """
     if not table.backward or not isinstance(arch, int) or (arch in DIRECT and blocks.BLOCK_N >= 64):
         return 1.0

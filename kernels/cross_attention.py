@@ -8,7 +8,7 @@ several hundred keys: with one program per head most of a GPU would idle, so the
 The shares are combined inside the same launch by whichever program of a head arrives last, known from an atomic
 counter. A second kernel would be simpler, but this op sits on the action stream's critical path, where one more launch
 costs more than the combination itself. Nobody waits: a program that is not last is done. The sum runs in split order,
-so the result does not depend on who was last. Kernels and their maths: `attention_common`.
+so the result does not depend on who was last. Kernels: `attention_forward`, `attention_backward`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,16 @@ from collections.abc import Mapping
 
 import torch
 
-from vat_fast.kernels import attention_common as common
-from vat_fast.kernels import configs, tables
-from vat_fast.kernels.attention_common import SplitWorkspace
+from vat_fast.kernels import (
+    attention_backward,
+    attention_forward,
+    attention_map,
+    attention_math,
+    attention_tiles,
+    configs,
+    tables,
+)
+from vat_fast.kernels.attention_forward import SplitWorkspace
 from vat_fast.kernels.attention_model import ACTION_TOKENS
 
 # float32 is for checking, see `vision_attention`.
@@ -42,9 +49,9 @@ def cross_attention_ref(
     """Plain eager attention in the inputs' own dtype; same arguments and result as `cross_attention`."""
     kv = kv_vision_BS2D if kv_extra_BE2D is None else torch.cat([kv_extra_BE2D, kv_vision_BS2D], dim=1)
     k_BSD, v_BSD = kv.chunk(2, dim=-1)
-    q, k, v = (common.split_heads(x, num_heads) for x in (q_BTD, k_BSD, v_BSD))
+    q, k, v = (attention_math.split_heads(x, num_heads) for x in (q_BTD, k_BSD, v_BSD))
     map_BHTS = torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)
-    out = common.merge_heads(map_BHTS @ v)
+    out = attention_math.merge_heads(map_BHTS @ v)
     return (out, map_BHTS) if need_map else out
 
 
@@ -76,11 +83,11 @@ def _check_for_kernels(
     q: torch.Tensor, kv_vision: torch.Tensor, kv_extra: torch.Tensor | None, num_heads: int, scale: float
 ) -> None:
     _check(q, kv_vision, kv_extra, num_heads, scale)
-    common.check_dtype("q", q)
-    common.check_rows("q", q)
-    common.check_rows("kv_vision", kv_vision)
+    attention_tiles.check_dtype("q", q)
+    attention_tiles.check_rows("q", q)
+    attention_tiles.check_rows("kv_vision", kv_vision)
     if kv_extra is not None:
-        common.check_rows("kv_extra", kv_extra)
+        attention_tiles.check_rows("kv_extra", kv_extra)
 
 
 def _columns(kv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +102,7 @@ def _pick(table: configs.ConfigTable, q: torch.Tensor, num_heads: int) -> dict[s
         configs.current_arch(),
         bits=q.element_size() * 8,
         head_dim=width // num_heads,
-        programs=batch * num_heads * common.num_tiles(num_queries, 64),
+        programs=batch * num_heads * attention_tiles.num_tiles(num_queries, 64),
     )
 
 
@@ -140,9 +147,9 @@ def launch_cross_attention(
     Raises ValueError on wrong shapes, a dtype other than float32, float16 and bfloat16, or rows with gaps.
     """
     _check_for_kernels(q_BTD, kv_vision_BS2D, kv_extra_BE2D, num_heads, scale)
-    common.check_outputs(out_BTD, lse_BHT, tuple(q_BTD.shape), num_heads)
+    attention_tiles.check_outputs(out_BTD, lse_BHT, tuple(q_BTD.shape), num_heads)
     k, v = _columns(kv_vision_BS2D)
-    common.launch_forward(
+    attention_forward.launch_forward(
         q_BTD, k, v, out_BTD, lse_BHT, num_heads, scale,
         config or _pick(_forward_configs(q_BTD.shape[1]), q_BTD, num_heads),
         extra=None if kv_extra_BE2D is None else _columns(kv_extra_BE2D), workspace=workspace,
@@ -162,8 +169,8 @@ def launch_attention_map(
     _check_for_kernels(q_BTD, kv_vision_BS2D, kv_extra_BE2D, num_heads, scale)
     num_extra = 0 if kv_extra_BE2D is None else kv_extra_BE2D.shape[1]
     if kv_extra_BE2D is not None:
-        common.launch_map(q_BTD, _columns(kv_extra_BE2D)[0], lse_BHT, map_BHTS, 0, num_heads, scale)
-    common.launch_map(q_BTD, _columns(kv_vision_BS2D)[0], lse_BHT, map_BHTS, num_extra, num_heads, scale)
+        attention_map.launch_map(q_BTD, _columns(kv_extra_BE2D)[0], lse_BHT, map_BHTS, 0, num_heads, scale)
+    attention_map.launch_map(q_BTD, _columns(kv_vision_BS2D)[0], lse_BHT, map_BHTS, num_extra, num_heads, scale)
 
 
 def launch_cross_attention_backward(
@@ -188,8 +195,8 @@ def launch_cross_attention_backward(
     if (kv_extra_BE2D is None) != (dkv_extra_BE2D is None):
         raise ValueError("kv_extra and dkv_extra come together: give both or neither.")
     for name, x in (("grad_out", grad_out_BTD), ("out", out_BTD), ("dq", dq_BTD), ("dkv_vision", dkv_vision_BS2D)):
-        common.check_rows(name, x)
-    common.launch_backward(
+        attention_tiles.check_rows(name, x)
+    attention_backward.launch_backward(
         grad_out_BTD, q_BTD, *_columns(kv_vision_BS2D), out_BTD, lse_BHT, dq_BTD, *_columns(dkv_vision_BS2D),
         num_heads, scale, config or _pick(BACKWARD_CONFIGS, q_BTD, num_heads),
         extra=None if kv_extra_BE2D is None else _columns(kv_extra_BE2D),
@@ -206,7 +213,7 @@ def _empty_outputs(
     batch, num_queries, width = q.shape
     num_keys = kv_vision.shape[1] + (0 if kv_extra is None else kv_extra.shape[1])
     out = q.new_empty(batch, num_queries, width)
-    lse = q.new_empty(batch, num_heads, num_queries, dtype=common.wide(q.dtype))
+    lse = q.new_empty(batch, num_heads, num_queries, dtype=attention_math.wide(q.dtype))
     return out, lse, q.new_empty((batch, num_heads, num_queries, num_keys) if need_map else (0,))
 
 
@@ -242,7 +249,7 @@ def _(
     need_map: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _check(q, kv_vision, kv_extra, num_heads, scale)
-    out, lse, weights = common.attention_torch(q, *_all_columns(kv_vision, kv_extra), num_heads, scale)
+    out, lse, weights = attention_math.attention_torch(q, *_all_columns(kv_vision, kv_extra), num_heads, scale)
     return out, lse, weights.to(q.dtype) if need_map else q.new_empty(0)
 
 
@@ -297,7 +304,7 @@ def _(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     columns = _all_columns(kv_vision, kv_extra)
-    dq, dk, dv = common.attention_backward_torch(grad_out, q, *columns, out, lse, num_heads, scale)
+    dq, dk, dv = attention_math.attention_backward_torch(grad_out, q, *columns, out, lse, num_heads, scale)
     num_extra = 0 if kv_extra is None else kv_extra.shape[1]
     dkv_vision = torch.cat([dk[:, num_extra:], dv[:, num_extra:]], dim=-1)
     dkv_extra = torch.cat([dk[:, :num_extra], dv[:, :num_extra]], dim=-1) if num_extra else q.new_empty(0)

@@ -46,7 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vat_fast.kernels.attention_common import SplitWorkspace
+from vat_fast.kernels.attention_forward import SplitWorkspace
 from vat_fast.kernels.cross_attention import cross_attention_ref, launch_cross_attention, make_workspace
 from vat_fast.kernels.eight_bit import Quantized, quantize_weight
 from vat_fast.kernels.film_norm import film_layernorm_ref, launch_film_layernorm

@@ -1,7 +1,7 @@
 """Self-attention of the vision stream: every view attends to itself, heads read from one packed projection.
 
 The projection's output (N, P, 3*D) holds queries, keys and values side by side; N is batch times views. The kernels
-read and write it through strides, so that no head is ever copied. Kernels and their maths: `attention_common`.
+read and write it through strides, so that no head is ever copied. Kernels: `attention_forward`, `attention_backward`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from vat_fast.kernels import attention_common as common
-from vat_fast.kernels import configs, tables
+from vat_fast.kernels import (
+    attention_backward,
+    attention_forward,
+    attention_math,
+    attention_tiles,
+    configs,
+    tables,
+)
 
 # float32 uses no tensor cores; its tiles are small because products in exact float32 keep operands in registers.
 _FLOAT32 = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
@@ -35,9 +41,9 @@ def vision_attention_ref(qkv_NP3D: torch.Tensor, num_heads: int, scale: float) -
     Returns:
         (N, P, D) in the input's dtype.
     """
-    q, k, v = (common.split_heads(x, num_heads) for x in qkv_NP3D.chunk(3, dim=-1))
+    q, k, v = (attention_math.split_heads(x, num_heads) for x in qkv_NP3D.chunk(3, dim=-1))
     weights = torch.softmax(q @ k.transpose(-1, -2) * scale, dim=-1)
-    return common.merge_heads(weights @ v)
+    return attention_math.merge_heads(weights @ v)
 
 
 # --- launchers ---------------------------------------------------------------------------------------------------
@@ -59,7 +65,7 @@ def _shape_class(qkv: torch.Tensor, num_heads: int) -> dict[str, int]:
     return {
         "bits": qkv.element_size() * 8,
         "head_dim": width // (3 * num_heads),
-        "programs": views * num_heads * common.num_tiles(patches, 64),
+        "programs": views * num_heads * attention_tiles.num_tiles(patches, 64),
     }
 
 
@@ -82,13 +88,13 @@ def launch_vision_attention(
     Raises ValueError on a wrong shape, a dtype other than float32, float16 and bfloat16, or rows with gaps.
     """
     _check(qkv_NP3D, num_heads, scale)
-    common.check_dtype("qkv", qkv_NP3D)
-    common.check_rows("qkv", qkv_NP3D)
-    common.check_outputs(out_NPD, lse_NHP, (*qkv_NP3D.shape[:2], qkv_NP3D.shape[2] // 3), num_heads)
+    attention_tiles.check_dtype("qkv", qkv_NP3D)
+    attention_tiles.check_rows("qkv", qkv_NP3D)
+    attention_tiles.check_outputs(out_NPD, lse_NHP, (*qkv_NP3D.shape[:2], qkv_NP3D.shape[2] // 3), num_heads)
     if config is None:
         config = configs.pick(CONFIGS, configs.current_arch(), **_shape_class(qkv_NP3D, num_heads))
     q, k, v = _columns(qkv_NP3D)
-    common.launch_forward(q, k, v, out_NPD, lse_NHP, num_heads, scale, config)
+    attention_forward.launch_forward(q, k, v, out_NPD, lse_NHP, num_heads, scale, config)
 
 
 def launch_vision_attention_backward(
@@ -106,14 +112,14 @@ def launch_vision_attention_backward(
     `config` is taken instead of the shipped configuration.
     """
     _check(qkv_NP3D, num_heads, scale)
-    common.check_dtype("qkv", qkv_NP3D)
+    attention_tiles.check_dtype("qkv", qkv_NP3D)
     for name, x in (("qkv", qkv_NP3D), ("grad_out", grad_out_NPD), ("out", out_NPD), ("dqkv", dqkv_NP3D)):
-        common.check_rows(name, x)
+        attention_tiles.check_rows(name, x)
     if config is None:
         config = configs.pick(BACKWARD_CONFIGS, configs.current_arch(), **_shape_class(qkv_NP3D, num_heads))
     q, k, v = _columns(qkv_NP3D)
     dq, dk, dv = _columns(dqkv_NP3D)
-    common.launch_backward(grad_out_NPD, q, k, v, out_NPD, lse_NHP, dq, dk, dv, num_heads, scale, config)
+    attention_backward.launch_backward(grad_out_NPD, q, k, v, out_NPD, lse_NHP, dq, dk, dv, num_heads, scale, config)
 
 
 # --- custom ops --------------------------------------------------------------------------------------------------
@@ -122,7 +128,7 @@ def launch_vision_attention_backward(
 def _empty_outputs(qkv: torch.Tensor, num_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     views, patches, width = qkv.shape
     out = qkv.new_empty(views, patches, width // 3)
-    return out, qkv.new_empty(views, num_heads, patches, dtype=common.wide(qkv.dtype))
+    return out, qkv.new_empty(views, num_heads, patches, dtype=attention_math.wide(qkv.dtype))
 
 
 @torch.library.custom_op("vat_fast::vision_attention", mutates_args=(), device_types="cuda")
@@ -136,7 +142,7 @@ def _vision_attention(qkv: torch.Tensor, num_heads: int, scale: float) -> tuple[
 @_vision_attention.register_kernel("cpu")
 def _(qkv: torch.Tensor, num_heads: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     _check(qkv, num_heads, scale)
-    return common.attention_torch(*_columns(qkv), num_heads, scale)[:2]
+    return attention_math.attention_torch(*_columns(qkv), num_heads, scale)[:2]
 
 
 @_vision_attention.register_fake
@@ -158,7 +164,7 @@ def _vision_attention_backward(
 def _(
     grad_out: torch.Tensor, qkv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, num_heads: int, scale: float
 ) -> torch.Tensor:
-    grads = common.attention_backward_torch(grad_out, *_columns(qkv), out, lse, num_heads, scale)
+    grads = attention_math.attention_backward_torch(grad_out, *_columns(qkv), out, lse, num_heads, scale)
     return torch.cat(grads, dim=-1)
 
 

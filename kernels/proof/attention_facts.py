@@ -38,7 +38,7 @@ KEPT = ("digest", "registers", "shared", "blocks", "local", "stack", "instructio
 def _candidates() -> list[Case]:
     """Each tile of each table at each head dim, for the targets that it is a candidate of."""
     cases: dict[str, Case] = {}
-    for table in {table.op: table for table in ATTENTION_TABLES.values()}.values():
+    for table in {table.op: table for table in reversed(ATTENTION_TABLES.values())}.values():  # each op's first
         split = table.splits[len(table.splits) // 2]  # how many splits does not change the loop
         for (_, head_dim, patches), device in itertools.product(HEAD_DIMS, DEVICES.values()):
             if device.arch in TWINS:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from vat_fast.kernels import (
-    attention_common,
     attention_model,
+    attention_tiles,
     choose,
     configs,
     gemm,
@@ -216,7 +216,7 @@ def test_no_warp_repeats_anothers_products():
                 picked = configs.pick(rules, arch, bits=16, head_dim=problem.head_dim, programs=problem.programs)
                 blocks = attention_model.AttentionBlocks(**picked)
                 fact = attention_model.fact_of(table.op, problem.head_dim, blocks, arch)
-                tails = () if table.backward else attention_common.query_tails(problem.queries, blocks.BLOCK_M, arch)
+                tails = () if table.backward else attention_tiles.query_tails(problem.queries, blocks.BLOCK_M, arch)
                 shares = []
                 for rows in {blocks.BLOCK_M, *tails} - {0}:
                     inner, outer = attention_model._columns(table, problem.head_dim, blocks, rows, arch)

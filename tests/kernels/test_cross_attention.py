@@ -9,7 +9,7 @@ import torch
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
-from vat_fast.kernels import attention_common, configs
+from vat_fast.kernels import attention_tiles, configs
 from vat_fast.kernels.cross_attention import cross_attention, cross_attention_ref
 from vat_fast.kernels.proof import worker
 
@@ -142,10 +142,10 @@ def test_every_table_gives_the_right_answer(arch, nan_like, assert_error_at_most
     ],
 )
 def test_tiles_of_the_last_queries(queries, block, arch, expected):
-    tails = attention_common.query_tails(queries, block, arch)
+    tails = attention_tiles.query_tails(queries, block, arch)
     assert tails == expected
     assert queries // block * block + sum(tails) >= queries
-    assert attention_common.query_tiles(queries, block, arch) == queries // block + sum(rows > 0 for rows in tails)
+    assert attention_tiles.query_tiles(queries, block, arch) == queries // block + sum(rows > 0 for rows in tails)
 
 
 @pytest.mark.parametrize("warps", [2, 4])

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime import interpreter
 
 from vat_fast.kernels import gemm, layers, low_precision
-from vat_fast.kernels.attention_common import SplitWorkspace
+from vat_fast.kernels.attention_forward import SplitWorkspace
 from vat_fast.kernels.cross_attention import launch_cross_attention
 from vat_fast.kernels.eight_bit import Quantized, quantize_ref, quantize_weight
 from vat_fast.kernels.film_norm import launch_film_layernorm

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from vat_fast.kernels import attention_common, configs, tables
+from vat_fast.kernels import attention_forward, attention_math, configs, tables
 from vat_fast.kernels.vision_attention import vision_attention, vision_attention_ref
 
 # The module, not the function of the same name.
@@ -48,9 +48,7 @@ def compare(qkv, grad, H, scale, nan_like, assert_error_at_most_2x_eager):
     for actual, low, high in zip(dqkv.chunk(3, -1), eager[1].chunk(3, -1), truth[1].chunk(3, -1), strict=True):
         assert_error_at_most_2x_eager(actual, low, high)
     q, k, v = qkv.double().chunk(3, -1)
-    torch.testing.assert_close(
-        lse.double(), attention_common.attention_torch(q, k, v, H, scale)[1], rtol=1e-6, atol=5e-6
-    )
+    torch.testing.assert_close(lse.double(), attention_math.attention_torch(q, k, v, H, scale)[1], rtol=1e-6, atol=5e-6)
 
 
 SIZES = [(256, 64), (256, 72), (257, 72), (257, 96), (261, 64), (261, 96), (2, 72), (17, 40), (70, 72)]
@@ -90,7 +88,7 @@ def test_the_large_batch_tile(nan_like, assert_error_at_most_2x_eager):
     out, lse = nan_like(grad), torch.full((1, 1, 261), float("nan"))
     config = configs.pick(va.CONFIGS, 90, bits=16, head_dim=72, programs=10_000)
     assert config["BLOCK_M"] == 128
-    attention_common.launch_forward(q, k, v, out, lse, 1, 0.1, config)
+    attention_forward.launch_forward(q, k, v, out, lse, 1, 0.1, config)
     truth, eager = (reference(qkv, grad, 1, 0.1, dtype)[0] for dtype in (torch.float64, torch.bfloat16))
     assert_error_at_most_2x_eager(out, eager, truth)
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from vat_fast.kernels import attention_common
+from vat_fast.kernels import attention_forward, attention_math
 from vat_fast.kernels.cross_attention import (
     cross_attention_ref,
     launch_cross_attention,
@@ -50,7 +50,7 @@ def _forward_inputs(batch: int, queries: int, keys: int, extra: int, heads: int,
 
 
 def _launch_forward(
-    t: Tensors, config: Mapping[str, int] | None = None, workspace: attention_common.SplitWorkspace | None = None
+    t: Tensors, config: Mapping[str, int] | None = None, workspace: attention_forward.SplitWorkspace | None = None
 ) -> None:
     heads, scale = _heads_and_scale(t)
     if workspace is None:
@@ -61,8 +61,8 @@ def _launch_forward(
 def _reference_forward(t: Tensors) -> Tensors:
     heads, scale = _heads_and_scale(t)
     kv = torch.cat([t["kv_extra"], t["kv"]], dim=1) if "kv_extra" in t else t["kv"]
-    q, k = (attention_common.split_heads(x, heads) for x in (t["q"], kv.chunk(2, dim=-1)[0]))
-    lse = torch.logsumexp((q @ k.transpose(-1, -2)).to(attention_common.wide(q.dtype)) * scale, dim=-1)
+    q, k = (attention_math.split_heads(x, heads) for x in (t["q"], kv.chunk(2, dim=-1)[0]))
+    lse = torch.logsumexp((q @ k.transpose(-1, -2)).to(attention_math.wide(q.dtype)) * scale, dim=-1)
     out = cross_attention_ref(t["q"], t["kv"], heads, scale, t.get("kv_extra"))
     assert isinstance(out, torch.Tensor)
     return {"out": out, "lse": lse}
@@ -72,7 +72,7 @@ def _backward_inputs(batch: int, queries: int, keys: int, extra: int, heads: int
     t = _forward_inputs(batch, queries, keys, extra, heads, head_dim)
     kv = torch.cat([t["kv_extra"], t["kv"]], dim=1) if extra else t["kv"]
     k, v = kv.chunk(2, dim=-1)
-    t["out"], t["lse"], _ = attention_common.attention_torch(t["q"], k, v, *_heads_and_scale(t))
+    t["out"], t["lse"], _ = attention_math.attention_torch(t["q"], k, v, *_heads_and_scale(t))
     grads = {
         "grad_out": random(*t["q"].shape, seed=3),
         "dq": unwritten(*t["q"].shape),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vat_fast.kernels import layers
-from vat_fast.kernels.attention_common import SplitWorkspace
+from vat_fast.kernels.attention_forward import SplitWorkspace
 from vat_fast.kernels.eight_bit import Quantized, quantize_ref, quantize_weight
 from vat_fast.kernels.gemm import RowStats, Workspace
 from vat_fast.kernels.layers import LayerWeights, NormLinear, StreamBuffers

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from vat_fast.kernels import attention_common
+from vat_fast.kernels import attention_math
 from vat_fast.kernels.proof.case import Case, Tensors, random, unwritten
 from vat_fast.kernels.vision_attention import (
     launch_vision_attention,
@@ -40,15 +40,15 @@ def _launch_forward(t: Tensors, config: Mapping[str, int] | None = None) -> None
 
 def _reference_forward(t: Tensors) -> Tensors:
     heads, scale = _heads_and_scale(t)
-    q, k, _ = (attention_common.split_heads(x, heads) for x in t["qkv"].chunk(3, dim=-1))
-    lse = torch.logsumexp((q @ k.transpose(-1, -2)).to(attention_common.wide(q.dtype)) * scale, dim=-1)
+    q, k, _ = (attention_math.split_heads(x, heads) for x in t["qkv"].chunk(3, dim=-1))
+    lse = torch.logsumexp((q @ k.transpose(-1, -2)).to(attention_math.wide(q.dtype)) * scale, dim=-1)
     return {"out": vision_attention_ref(t["qkv"], heads, scale), "lse": lse}
 
 
 def _backward_inputs(views: int, patches: int, heads: int, head_dim: int) -> Tensors:
     t = _forward_inputs(views, patches, heads, head_dim)
     q, k, v = t["qkv"].chunk(3, dim=-1)
-    t["out"], lse, _ = attention_common.attention_torch(q, k, v, *_heads_and_scale(t))
+    t["out"], lse, _ = attention_math.attention_torch(q, k, v, *_heads_and_scale(t))
     return t | {"lse": lse, "grad_out": random(*t["out"].shape, seed=1), "dqkv": unwritten(*t["qkv"].shape)}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 COLOURS = {"fp32": "#4c78a8", "bf16": "#f58518", "int8": "#54a24b", "fp16": "#b279a2"}
 
@@ -49,6 +51,19 @@ def _panel(result: dict[str, Any]) -> tuple[str, str]:
     return result["preset"], processor(result["conditions"])
 
 
+def _name(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
+    """Names beside points; of near ones in turns to the right and to the left, those further on beyond the others."""
+    ordered = sorted(points.items(), key=lambda item: item[1])
+    span = math.log(ordered[-1][1][0] / ordered[0][1][0]) or 1.0
+    place, before = 0, 0.0
+    for name, (x, y) in ordered:
+        place = place + 1 if before and math.log(x / before) < 0.05 * span else 0
+        before = x
+        right, further = place % 2 == 0, 8 * (place // 2)
+        offset, side = ((5, 3 - further), "left") if right else ((-5, -6 - further), "right")
+        axes.annotate(name, (x, y), fontsize=7, xytext=offset, textcoords="offset points", ha=side)
+
+
 def latency(results: list[dict[str, Any]], path: Path) -> None:
     """Latency by throughput of every rival at every batch size, a panel per preset and processor, two views; lines join
     a rival's batch sizes."""
@@ -69,7 +84,7 @@ def latency(results: list[dict[str, Any]], path: Path) -> None:
             frozen = name.startswith("frozen")
             style = {"marker": "o" if frozen else "x", "color": COLOURS[dtype_of(name)], "alpha": 1 if frozen else 0.6}
             axes.plot(*zip(*line, strict=True), label=name, linestyle="-" if frozen else ":", **style)
-            axes.annotate(name, line[0], fontsize=7, xytext=(5, 3), textcoords="offset points")
+        _name(axes, {name: line[0] for name, line in points.items()})
         axes.set(xscale="log", yscale="log", xlabel="latency of a step, ms (median)", ylabel="samples per second")
         axes.set_title(", ".join(panel), fontsize=10)
         axes.margins(x=0.25)

@@ -170,7 +170,7 @@ def test_queries_as_columns_match_fp64(T, block, E, d, warps, nan_like, assert_e
 
 
 def test_how_keys_are_split():
-    """As the model says for the device, never more splits than whole key tiles, none once the batch fills it."""
+    """As the model says for device and tokens, never more splits than whole key tiles, none once the batch fills it."""
 
     def splits(batch, queries, keys, arch):
         q, kv = torch.empty(batch, queries, 1152, device="meta"), torch.empty(batch, keys, 2304, device="meta")
@@ -178,11 +178,14 @@ def test_how_keys_are_split():
             workspace = ca.make_workspace(q.bfloat16(), kv.bfloat16(), 16)
         return 1 if workspace is None else workspace.partial.shape[2]
 
-    assert splits(1, 56, 512, 90) == 4
-    assert splits(1, 112, 768, 90) == 2
-    assert splits(1, 56, 128, 90) == 2
-    assert splits(4, 56, 512, 90) == 2
+    assert splits(1, 56, 512, 90) == 2
+    assert splits(1, 57, 512, 90) == 4
+    assert splits(1, 57, 140, 90) == 2
+    assert splits(1, 112, 768, 90) == 1
+    assert splits(1, 56, 128, 90) == 1
+    assert splits(4, 56, 512, 90) == 1
     assert splits(16, 56, 512, 90) == 1
+    assert splits(1, 56, 512, 89) == 4
     assert splits(1, 56, 512, 87) == 1
     assert splits(1, 56, 512, "gfx942") == 8
     assert splits(1, 56, 40, 90) == 1

@@ -22,7 +22,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vat_fast.kernels.attention_tiles import MIN_TILE, min_output_tile, query_tails, query_tiles, warps_of_rows
+from vat_fast.kernels.attention_tiles import (
+    ACTION_TOKENS,
+    MIN_TILE,
+    min_output_tile,
+    query_tails,
+    query_tiles,
+    warps_of_rows,
+)
 from vat_fast.kernels.configs import Arch
 from vat_fast.kernels.proof.code import occupancy
 from vat_fast.kernels.static_model import (
@@ -97,7 +104,7 @@ class Problem:
 
 # Head dims of the backbones, the bound of the rule that each stands for, and its patches per view.
 HEAD_DIMS = ((64, 64, 261), (80, 72, 256), (None, 96, 256))
-HEADS, ACTION_TOKENS, VIEWS = 16, 56, 2
+HEADS, VIEWS = 16, 2
 # (BLOCK_M, BLOCK_N, num_warps, num_stages)
 Tile = tuple[int, int, int, int]
 FORWARD: tuple[Tile, ...] = (

@@ -17,6 +17,8 @@ from vat_fast.kernels import configs
 # An MMA wants at least 16 rows and, in 16-bit types, 16 steps along the contraction; the output may be 8 wide.
 MIN_TILE = 16
 MIN_OUTPUT_TILE = 8
+# Of the released models: 8 steps of 7 numbers. Up to so many queries in the last 64, small tiles save rows.
+ACTION_TOKENS = 56
 
 
 def split_head_dim(head_dim: int) -> tuple[int, int, int]:

@@ -27,7 +27,6 @@ from vat_fast.kernels import (
     tables,
 )
 from vat_fast.kernels.attention_forward import SplitWorkspace
-from vat_fast.kernels.attention_model import ACTION_TOKENS
 
 # float32 is for checking, see `vision_attention`.
 _FLOAT32 = {"BLOCK_M": 32, "BLOCK_N": 32, "SPLITS": 8, "num_warps": 4, "num_stages": 1}
@@ -108,7 +107,7 @@ def _pick(table: configs.ConfigTable, q: torch.Tensor, num_heads: int) -> dict[s
 
 def _forward_configs(num_queries: int) -> configs.ConfigTable:
     """Queries that nearly fill their last 64 have a table of their own: smaller tiles would save them nothing."""
-    return CONFIGS if (num_queries - 1) % 64 < ACTION_TOKENS else FULL_CONFIGS
+    return CONFIGS if (num_queries - 1) % 64 < attention_tiles.ACTION_TOKENS else FULL_CONFIGS
 
 
 def make_workspace(

@@ -111,7 +111,7 @@ def _last(plan: Plan, steps: list[Step]) -> dict[str, tuple[int, int]]:
     ends = {(step.inputs["x"].tokens or (0, tokens))[1] for step in steps}
     all_rows = [step for step, begin in zip(steps, begins, strict=True) if begin == 0]
     few = set(begins[len(all_rows) :])
-    if ends != {tokens} or len(few) != 1 or 0 in few:
+    if not all_rows or ends != {tokens} or len(few) != 1 or 0 in few:
         return {}
     return {"last": (tokens - few.pop(), sum(plan.shape(step.outputs["y"])[-1] for step in all_rows))}
 

@@ -62,7 +62,7 @@ def _add_act(commands: Commands) -> None:
     )
     p.add_argument("--task", required=True, help="task name or id")
     p.add_argument("--proprio", help="comma-separated state in robot units, for models that take it")
-    p.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "int8", "fp8"), default="fp32")
+    p.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "int16", "int8", "fp8"), default="fp32")
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
     p.add_argument("--suite", help="LIBERO suite of a released folder, where its statistics do not tell")
     p.add_argument("--steps", type=int, default=3, help="timed predictions after a warm-up (default 3)")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _PRECISIONS: dict[str, tuple[str, ...]] = {
     "openvino": ("fp32", "bf16", "int8"),
     "onednn": ("fp32", "bf16"),
-    "native": ("fp32",),
+    "native": ("fp32", "int16", "int8"),
     "torch": ("fp32", "bf16", "fp16"),
 }
 _CPU = torch.device("cpu")
@@ -41,28 +41,40 @@ class Choice:
     reason: str
 
 
-def candidates(dtype: str) -> list[Executor]:
-    """The executors that this machine has for a precision, in the order of the memory they need."""
+def candidates(dtype: str, calibrated: bool = True) -> list[Executor]:
+    """The executors that this machine has for a precision, in the order of the memory they need.
+
+    Args:
+        dtype: the precision.
+        calibrated: whether there are samples for int8, which OpenVINO's ranges come from.
+    """
     found: list[Executor] = []
-    if dtype in _PRECISIONS["native"] and library.why_not() is None:
+    if dtype in _PRECISIONS["native"] and (has_integers() if dtype != "fp32" else library.why_not() is None):
         found.append("native")
     has_onednn = torch.backends.mkldnn.is_available() and (dtype != "bf16" or computes_bfloat16_in_onednn())
     if dtype in _PRECISIONS["onednn"] and has_onednn:
         found.append("onednn")
-    if dtype in _PRECISIONS["openvino"] and find_spec("openvino") is not None:
+    if dtype in _PRECISIONS["openvino"] and find_spec("openvino") is not None and (calibrated or dtype != "int8"):
         found.append("openvino")
     return found
 
 
-def cpu_executor(dtype: Precision, config: VATConfig) -> Choice:
+def has_integers() -> bool:
+    """Whether the native operators have fast products of integers here: x86 with AVX2 or AVX-512BW."""
+    return library.why_not() is None and bool(library.load().vat_integers())
+
+
+def cpu_executor(dtype: Precision, config: VATConfig, calibrated: bool = True) -> Choice:
     """The fastest executor that this machine has for a precision and a model, by a trial (`executor_trial`).
 
     PyTorch's operators where nothing else is there: in fp16, and in bf16 without the package openvino on processors
     for which oneDNN has no such products.
     """
-    able = candidates(dtype)
+    able = candidates(dtype, calibrated)
     if not able:
-        return Choice("torch", f"nothing else here computes in {dtype}")
+        # int16 and int8 have their reasons told by `check_precision`, which knows whom they are missing.
+        fallback: Executor = "native" if dtype == "int16" else "openvino" if dtype == "int8" else "torch"
+        return Choice(fallback, f"nothing else here computes in {dtype}")
     if len(able) == 1:
         return Choice(able[0], f"the only one here for {dtype}")
     if config.width < executor_trial.SMALLEST_WIDTH:
@@ -82,8 +94,8 @@ def check_precision(target: Target) -> None:
     if target.dtype not in able:
         hint = ""
         if target.dtype == "int8":
-            missing = find_spec("openvino") is None
-            hint = "; pip install openvino for int8 on CPUs" if missing else '; executor="openvino" has it'
+            has_it = [name for name in ("native", "openvino") if name in candidates("int8")]
+            hint = "".join(f'; executor="{name}" has it' for name in has_it[:1]) or "; pip install openvino for it"
         raise ValueError(f"the {target.executor} executor has no {target.dtype}, only {', '.join(able)}{hint}")
     if target.executor == "onednn" and target.dtype == "bf16" and not computes_bfloat16_in_onednn():
         raise ValueError(
@@ -92,12 +104,18 @@ def check_precision(target: Target) -> None:
         )
     if target.executor == "native" and (missing_library := library.why_not()):
         raise ValueError(f"the native executor cannot run: {missing_library}")
+    if target.executor == "native" and target.quantised and not has_integers():
+        raise ValueError(
+            f"the native executor has {target.dtype} on x86 processors with AVX2 or AVX-512BW alone, which this one "
+            'is not: take dtype="fp32"'
+        )
     if target.executor == "openvino" and find_spec("openvino") is None:
         raise ValueError('the openvino executor needs the package openvino: pip install openvino, or executor="onednn"')
     if target.dtype == "bf16" and target.executor != "openvino" and not multiplies_bfloat16(_CPU):
         warnings.warn(
             f"this processor does not multiply bfloat16 itself, so the {target.executor} executor emulates it, several "
-            'times slower than dtype="fp32"; executor="openvino" computes bf16 weights in float32',
+            'times slower than dtype="fp32"; dtype="int16" is faster than either and executor="openvino" computes '
+            "bf16 weights in float32",
             stacklevel=4,
         )
 
@@ -147,13 +165,26 @@ def bind_onednn(vat: VAT, plans: Mapping[int, Plan], target: Target) -> dict[int
     }
 
 
-def bind_native(vat: VAT, plans: Mapping[int, Plan], target: Target) -> dict[int, Any]:
-    """A native executor per plan, over one set of packed weights."""
+def bind_native(
+    vat: VAT, plans: Mapping[int, Plan], wide_plan: Plan, calibration: Iterable[Mapping[str, Tensor]] | None
+) -> dict[int, Any]:
+    """A native executor per plan, over one set of packed weights.
+
+    Args:
+        vat: whose weights to fold.
+        plans: by batch size.
+        wide_plan: the plan of one sample in float32, for calibration.
+        calibration: samples for `calibration.observe`; None: channels are taken as they are.
+    """
     from vat_fast.frozen.native_executor import NativeExecutor, pack
 
     largest, state = plans[max(plans)], vat.state_dict()
     weights, _ = materialise(largest, state, torch.float32, _CPU)
-    packed = pack(largest, weights)
+    observed = None
+    if calibration is not None:
+        constants = materialise(wide_plan.replace(weights={}), state, torch.float32, _CPU)[1]
+        observed = observe(wide_plan, weights, constants, calibration)
+    packed = pack(largest, weights, observed)
     return {
         B: NativeExecutor(plan, weights, materialise(plan.replace(weights={}), state, torch.float32, _CPU)[1], packed)
         for B, plan in plans.items()

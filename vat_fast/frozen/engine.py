@@ -53,13 +53,14 @@ class FrozenVAT:
         vat: the trained model; it is not kept.
         batch: batch sizes to make plans for; 1 is always among them.
         views: camera views; None: as the model was configured.
-        dtype: "fp32", "bf16", "fp16", "int8" or "fp8".
+        dtype: "fp32", "bf16", "fp16", "int16" (x86 CPUs), "int8" or "fp8".
         device: where to run.
         executor: who runs the plan; None: the fastest for the device (see `default_executor`).
         images: "float" for VAT's own signature, "uint8" for raw images (B, V, H, W, 3), with `mean` and `std`.
         without: names of passes to leave out.
         calibration: for "int8" on CPUs: recorded samples, 32 or more over all tasks, each a mapping with `pixels`,
-            `task_id`, `proprio` as they are passed to a call; the ranges of activations come from them.
+            `task_id`, `proprio` as they are passed to a call. OpenVINO takes the ranges of activations from them and
+            needs them; the native executor, which rounds each token by itself, evens out input channels by them.
         record_layers: keep the action tokens of every layer for `action_tokens`, at some cost in speed.
 
     Raises:
@@ -89,7 +90,9 @@ class FrozenVAT:
             raise ValueError(f"batch sizes must be at least 1, got {batch}")
         if images not in ("float", "uint8"):
             raise ValueError(f'images must be "float" or "uint8", got {images!r}')
-        choice = Choice(executor, "as asked") if executor else default_executor(self.device, dtype, self.config)
+        choice = Choice(executor, "as asked") if executor else default_executor(
+            self.device, dtype, self.config, calibration is not None
+        )
         executor, self.executor_reason = choice.executor, choice.reason
         self.target = Target(
             executor=executor,
@@ -109,13 +112,14 @@ class FrozenVAT:
         self.plans: dict[int, Plan] = plans
         self.records_layers = record_layers
         self._runners: Mapping[int, Runner]
+        wide = make_plan(self.config, 1, Target(images=self.target.images, mean=mean, std=std), without)
         if executor == "openvino":
-            wide = make_plan(self.config, 1, dataclasses.replace(self.target, dtype="fp32"), without)
             self._runners = bind_openvino(vat, plans, self.target, wide, self._samples(calibration or ()))
         elif executor == "onednn":
             self._runners = bind_onednn(vat, plans, self.target)
         elif executor == "native":
-            self._runners = bind_native(vat, plans, self.target)
+            samples = self._samples(calibration) if calibration is not None and dtype == "int8" else None
+            self._runners = bind_native(vat, plans, wide, samples)
         else:
             self._runners = _bind(vat, plans, self.target, self.device)
 
@@ -234,10 +238,10 @@ class FrozenVAT:
         return inputs
 
 
-def default_executor(device: torch.device, dtype: Precision, config: VATConfig) -> Choice:
+def default_executor(device: torch.device, dtype: Precision, config: VATConfig, calibrated: bool = True) -> Choice:
     """The fastest executor for a device: Triton's kernels on CUDA and ROCm, see `cpu.cpu_executor` on CPUs."""
     if device.type == "cpu":
-        return cpu_executor(dtype, config)
+        return cpu_executor(dtype, config, calibrated)
     if device.type == "cuda":
         return Choice("triton", "the kernels for CUDA and ROCm")
     return Choice("torch", f"nothing else here runs on {device.type}")
@@ -286,7 +290,7 @@ def _bind(vat: VAT, plans: dict[int, Plan], target: Target, device: torch.device
         from vat_fast.frozen.triton_executor import TritonExecutor
 
         kind, wide, eight_bit = TritonExecutor, vectors(largest), in_eight_bits(largest)
-    elif target.dtype in ("int8", "fp8"):
+    elif target.quantised:
         raise ValueError(f"the torch executor has no {target.dtype}; use fp32, bf16 or fp16")
     weights, _ = materialise(largest, state, dtype, device, wide, eight_bit)
     return {

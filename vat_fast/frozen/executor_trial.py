@@ -89,7 +89,9 @@ def _steps(config: VATConfig, dtype: Precision, executors: Sequence[Executor]) -
             inputs["task_id"] = 0
         if config.proprio_dim:
             inputs["proprio"] = torch.randn(1, config.proprio_dim)
-        frozen = {name: vat.freeze(dtype=dtype, executor=name) for name in executors}
+        samples = [{**inputs, "task_id": torch.tensor([0])} if "task_id" in inputs else inputs]
+        calibration = samples if dtype == "int8" else None
+        frozen = {name: vat.freeze(dtype=dtype, executor=name, calibration=calibration) for name in executors}
     return {name: functools.partial(one, **inputs) for name, one in frozen.items()}
 
 

@@ -41,6 +41,7 @@ LIMITS: dict[str, Limits] = {
     "fp32": Limits(1e-4, 0.99999),
     "fp16": Limits(0.01, 0.9999),
     "bf16": Limits(0.03, 0.999),
+    "int16": Limits(0.01, 0.9999),
     "int8": Limits(0.10, 0.99),
     "fp8": Limits(0.10, 0.99),
 }

@@ -34,6 +34,11 @@ class Range:
     square: Tensor
     """Mean square of each input channel, float32 (K,)."""
 
+    def joined(self, other: Range) -> Range:
+        """Over both sets of inputs, of equally many rows."""
+        low, high = torch.minimum(self.low, other.low), torch.maximum(self.high, other.high)
+        return Range(low, high, (self.square + other.square) / 2)
+
 
 @dataclass(frozen=True)
 class QuantisedLinear:
@@ -73,17 +78,25 @@ def quantise_linear(
         levels: the largest quantised weight.
     """
     weight = weight_NK.float()
-    largest_K = torch.maximum(observed.low.abs(), observed.high.abs()).float()
-    smooth = None
-    if largest_K.max() > _EVEN * largest_K.median():
-        candidates = [_smoothing(weight, largest_K, alpha) for alpha in alphas if alpha > 0]
-        errors = [_expected_error(weight, observed, candidate, levels) for candidate in candidates]
-        if errors and (0 not in alphas or min(errors) < _WORTH_IT * _expected_error(weight, observed, None, levels)):
-            smooth = candidates[errors.index(min(errors))]
+    smooth = smoothing(weight, observed, alphas, levels)
     weight, low, high = _smoothed(weight, observed, smooth)
     scale = _scale(weight, levels)
     rounded = (weight / scale[:, None]).round().clamp(-levels, levels).to(torch.int8)
     return QuantisedLinear(rounded, scale, low, high, smooth)
+
+
+def smoothing(
+    weight_NK: Tensor, observed: Range, alphas: Sequence[float] = ALPHAS, levels: int = 127
+) -> Tensor | None:
+    """By what to divide a linear's input so that its channels are even, (K,), or None; see `quantise_linear`."""
+    largest_K = torch.maximum(observed.low.abs(), observed.high.abs()).float()
+    if largest_K.max() <= _EVEN * largest_K.median():
+        return None
+    candidates = [_smoothing(weight_NK, largest_K, alpha) for alpha in alphas if alpha > 0]
+    errors = [_expected_error(weight_NK, observed, candidate, levels) for candidate in candidates]
+    if errors and (0 not in alphas or min(errors) < _WORTH_IT * _expected_error(weight_NK, observed, None, levels)):
+        return candidates[errors.index(min(errors))]
+    return None
 
 
 def _smoothed(weight: Tensor, observed: Range, smooth: Tensor | None) -> tuple[Tensor, float, float]:

@@ -1,4 +1,6 @@
-"""Runs a plan on CPUs with the operators compiled for the processor: float32, weights packed once, nothing allocated.
+"""Runs a plan on CPUs with the operators compiled for the processor: weights packed once, nothing allocated.
+
+Activations are float32 throughout; products run in float32, or in integers of 16 or 8 bits (`native_integers`).
 
 Products write straight into the plan's buffers, with bias, activation and residual in the same pass; attention reads
 the packed projection where it lies. Every call's arguments are addresses that do not change, so they are made once.
@@ -12,28 +14,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vat_fast.frozen.int8 import Range, smoothing
+from vat_fast.frozen.native_integers import BITS, IntegerWeight, pack_integers, words
 from vat_fast.frozen.plan import Plan, Step
 from vat_fast.frozen.torch_executor import TorchExecutor, matrices, view
-from vat_fast.native.calls import Count, call, native
+from vat_fast.native.calls import Count, Integers, call, native
 from vat_fast.native.library import load
 
-Packed = dict[tuple[str, tuple[int, int] | None], Tensor]
+Packed = dict[tuple[str, tuple[int, int] | None], Tensor | IntegerWeight]
 """(weight, rows) -> packed weight."""
 
 _ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
-def pack(plan: Plan, weights: dict[str, Tensor]) -> Packed:
-    """Every linear's weight in panels; the originals leave `weights`."""
+def pack(plan: Plan, weights: dict[str, Tensor], observed: Mapping[str, Range] | None = None) -> Packed:
+    """Every linear's weight in panels; the originals leave `weights`.
+
+    Args:
+        plan: what is run.
+        weights: as `weights.materialise` gives them in float32.
+        observed: for 8 bits: each linear's inputs, by step, so that channels can be evened out.
+    """
     packed: Packed = {}
+    ranges: dict[tuple[str, tuple[int, int] | None], Range] = {}
+    for step in plan.all_steps if observed else ():
+        key, own = _key(step), observed[step.name] if observed and step.name in observed else None
+        if own is not None:
+            ranges[key] = ranges[key].joined(own) if key in ranges else own
     for step in plan.all_steps:
-        if step.op == "linear":
-            name, part = step.weights["weight"], step.options.get("rows")
-            if (name, part) not in packed:
-                packed[name, part] = pack_weight(weights[name] if part is None else weights[name][slice(*part)])
+        if step.op == "linear" and (key := _key(step)) not in packed:
+            name, part = key
+            weight, bits = weights[name], BITS.get(step.option("quantised", ""))
+            weight = weight if part is None else weight[slice(*part)]
+            if bits is None:
+                packed[key] = pack_weight(weight)
+            else:
+                smooth = smoothing(weight, ranges[key]) if key in ranges and bits == 8 else None
+                packed[key] = pack_integers(weight, bits, smooth)
     for name in {name for name, _ in packed}:
         del weights[name]
     return packed
+
+
+def _key(step: Step) -> tuple[str, tuple[int, int] | None]:
+    return step.weights.get("weight", ""), step.option("rows")
 
 
 def pack_weight(weight_NK: Tensor) -> Tensor:
@@ -48,7 +72,7 @@ class NativeExecutor(TorchExecutor):
     """A plan bound to packed weights.
 
     Args:
-        plan: any plan in float32.
+        plan: any plan whose activations are float32.
         weights: as `weights.materialise` gives them, without what is packed.
         constants: values of the plan's constant buffers.
         packed: weights of the linears; shared by the plans of all batch sizes.
@@ -80,8 +104,19 @@ class NativeExecutor(TorchExecutor):
         products: list[Callable[[], None]] = []
         for x_MK, y_MN, *added in matrices(x["x"], y, *([] if residual is None or scale is not None else [residual])):
             r, r_row = (added[0], added[0].stride(0)) if added else (None, 0)
-            arguments = x_MK, x_MK.stride(0), *x_MK.shape, packed, bias, y_MN.shape[1], activation
-            products.append(_Call("vat_step_linear", *arguments, r, r_row, y_MN, y_MN.stride(0)))
+            rows_of_x = x_MK, x_MK.stride(0), *x_MK.shape
+            behind = bias, y_MN.shape[1], activation, r, r_row, y_MN, y_MN.stride(0)
+            if isinstance(packed, Tensor):
+                products.append(_Call("vat_step_linear", *rows_of_x, packed, *behind))
+                continue
+            M, K = x_MK.shape
+            w, room = packed, self._scratch("numbers", M, words(K, packed.bits), dtype=torch.int32)
+            weight = Integers(w.numbers), w.scale, w.sums
+            product = _Call(
+                "vat_integer_linear",
+                *(Count(w.bits), *rows_of_x, w.even, *weight, *behind, Integers(room), self._scratch("rows", M, 2)),
+            )
+            products.append(product)
 
         def run() -> None:
             for product in products:

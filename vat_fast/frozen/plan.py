@@ -23,7 +23,7 @@ from vat_fast.frozen.recipes import Recipe
 Role = Literal["input", "output", "activation", "constant"]
 Stream = Literal["vision", "action"]
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1, "fp8": 1, "uint8": 1, "int64": 8}
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int16": 2, "int8": 1, "fp8": 1, "uint8": 1, "int64": 8}
 
 
 @dataclass(frozen=True)

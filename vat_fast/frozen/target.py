@@ -6,16 +6,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 Executor = Literal["torch", "native", "onednn", "openvino", "triton"]
-Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
+Precision = Literal["fp32", "bf16", "fp16", "int16", "int8", "fp8"]
 
 
 @dataclass(frozen=True)
 class Target:
-    """executor: who runs the plan. dtype: "int8" and "fp8" quantise matrix products and keep the rest in `compute`.
+    """executor: who runs the plan. dtype: integers and "fp8" quantise matrix products and keep the rest in `compute`.
 
     images: "float" is VAT's own signature, normalised (B, V, 3, H, W); "uint8" takes (B, V, H, W, 3) bytes and needs
     `mean` and `std` per channel. arch: compute capability or AMD target whose kernel configurations apply (Triton);
     None: of the device at hand.
+
+    Raises:
+        ValueError: "int16" by another executor than "native", which alone has it.
     """
 
     executor: Executor = "torch"
@@ -25,9 +28,21 @@ class Target:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     arch: int | str | None = 90
 
+    def __post_init__(self) -> None:
+        if self.dtype == "int16" and self.executor != "native":
+            raise ValueError(
+                f"the {self.executor} executor has no int16: it is for x86 processors, with the native executor; "
+                'take "bf16" or "fp16" elsewhere'
+            )
+
+    @property
+    def quantised(self) -> bool:
+        """Whether matrix products run in integers or 8-bit floats."""
+        return self.dtype in ("int16", "int8", "fp8")
+
     @property
     def compute(self) -> str:
         """The dtype of activations and of everything that is not quantised."""
-        if self.dtype in ("int8", "fp8"):
-            return "bf16"
-        return self.dtype
+        if not self.quantised:
+            return self.dtype
+        return "fp32" if self.executor == "native" else "bf16"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,13 @@ from vat_fast.native.library import load
 
 class Count(int):
     """A C int; other whole numbers are longs."""
+
+
+@dataclass(frozen=True)
+class Integers:
+    """A tensor of whole numbers, which the function takes as they are."""
+
+    tensor: Tensor
 
 
 def call(name: str, *arguments: Any) -> None:
@@ -37,6 +45,8 @@ def native(argument: Any) -> Any:
     """
     if argument is None:
         return None
+    if isinstance(argument, Integers):
+        return ctypes.c_void_p(argument.tensor.data_ptr())
     if isinstance(argument, Tensor):
         return ctypes.c_void_p(_address(argument))
     if isinstance(argument, float):

@@ -48,7 +48,7 @@ def add_command(commands: Commands) -> None:
     p.add_argument("--max-steps", type=int, help="step limit (default: the authors' for the suite)")
     p.add_argument("--settling-steps", type=int, default=10, help="before the policy takes over (default 10)")
     p.add_argument("--batched", action="store_true", help="one forward pass for all robots that wait: not bit-exact")
-    p.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "int8", "fp8"), default="fp32")
+    p.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "int16", "int8", "fp8"), default="fp32")
     p.add_argument(
         "--calibration",
         type=Path,

@@ -55,14 +55,14 @@ PASSES: tuple[Pass, ...] = (
     Pass(
         "quantise",
         quantise,
-        "8-bit weights and activations (changes the result; accepted by measured error)",
-        lambda target: target.dtype in ("int8", "fp8") and target.executor != "triton",
+        "weights and activations of the products in fewer bits (changes the result; accepted by measured error)",
+        lambda target: target.quantised and target.executor != "triton",
     ),
     Pass(
         "quantise",
         quantise_in_epilogues,
         "8-bit weights, and activations rounded by the launch before (accepted by measured error)",
-        lambda target: target.dtype in ("int8", "fp8") and target.executor == "triton",
+        lambda target: target.quantised and target.executor == "triton",
     ),
 )
 """In the order they run. `streams.split_streams` and `memory.reuse_buffers` follow, under these names."""

@@ -1,4 +1,4 @@
-"""8-bit matrix products."""
+"""Matrix products in integers or 8-bit floats."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from vat_fast.frozen.target import Target
 
 
 def quantise(plan: Plan, target: Target) -> Plan:
-    """Linears of both streams take 8-bit weights (a scale per output channel) and activations (a scale per token).
+    """Linears of both streams take quantised weights (a scale per output channel) and activations.
 
     Patch embedding, the head and projections of a few numbers stay: they cost nothing and carry the result.
     """

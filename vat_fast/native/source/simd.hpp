@@ -1,18 +1,20 @@
 // Vectors of float, the functions of them that the kernels need, and how many there are on this processor.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 
-#ifdef VAT_LANES  // by hand: the tests run the wide layout on narrow processors
-constexpr int LANES = VAT_LANES;
-#elif defined(__AVX512F__)
-constexpr int LANES = 16;
+#ifndef VAT_LANES  // the tests set it, to run the wide layout on narrow processors
+#if defined(__AVX512F__)
+#define VAT_LANES 16
 #elif defined(__AVX__)
-constexpr int LANES = 8;
+#define VAT_LANES 8
 #else
-constexpr int LANES = 4;
+#define VAT_LANES 4
 #endif
+#endif
+constexpr int LANES = VAT_LANES;
 
 // A tile of the output in registers: TILE_ROWS x (2 * LANES) sums, two vectors of B and one of A, 27 of 32 registers with
 // AVX-512, 15 of 16 with AVX, 11 else. LAST_ROWS is the largest power of two below.
@@ -30,18 +32,6 @@ static inline Vector splat(float x) { return x - Vector{}; }
 static inline Vector larger(Vector a, Vector b) { return a > b ? a : b; }
 static inline Vector smaller(Vector a, Vector b) { return a < b ? a : b; }
 
-static inline float sum(Vector v) {
-    float total = 0;
-    for (int i = 0; i < LANES; ++i) total += v[i];
-    return total;
-}
-
-static inline float largest(Vector v) {
-    float found = v[0];
-    for (int i = 1; i < LANES; ++i) found = v[i] > found ? v[i] : found;
-    return found;
-}
-
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define VAT_SHUFFLES 1
@@ -49,8 +39,25 @@ static inline float largest(Vector v) {
 #endif
 
 #ifdef VAT_SHUFFLES
+// v with lanes STEP apart exchanged.
+template <int STEP, std::size_t... L>
+static inline Vector crossed(Vector v, std::index_sequence<L...>) {
+    return __builtin_shufflevector(v, v, (L ^ STEP)...);
+}
+
+// All lanes joined by `join`, in every lane.
+template <int STEP = LANES / 2, class Join>
+static inline Vector joined(Vector v, Join join) {
+    v = join(v, crossed<STEP>(v, std::make_index_sequence<LANES>()));
+    if constexpr (STEP > 1) return joined<STEP / 2>(v, join);
+    return v;
+}
+
+static inline float sum(Vector v) { return joined(v, [](Vector a, Vector b) { return a + b; })[0]; }
+static inline float largest(Vector v) { return joined(v, larger)[0]; }
+
 // Exchanges the off-diagonal STEP x STEP blocks of every 2 STEP x 2 STEP block.
-template <int STEP, size_t... L>
+template <int STEP, std::size_t... L>
 static inline void exchange(Vector (&r)[LANES], std::index_sequence<L...>) {
     for (int i = 0; i < LANES; ++i) {
         if (i & STEP) continue;
@@ -66,6 +73,18 @@ static inline void transpose(Vector (&r)[LANES]) {
     if constexpr (2 * STEP < LANES) transpose<2 * STEP>(r);
 }
 #else
+static inline float sum(Vector v) {
+    float total = 0;
+    for (int i = 0; i < LANES; ++i) total += v[i];
+    return total;
+}
+
+static inline float largest(Vector v) {
+    float found = v[0];
+    for (int i = 1; i < LANES; ++i) found = v[i] > found ? v[i] : found;
+    return found;
+}
+
 static inline void transpose(Vector (&r)[LANES]) {
     for (int i = 0; i < LANES; ++i)
         for (int j = 0; j < i; ++j) {

@@ -2,24 +2,9 @@
 
 #include <omp.h>
 
+#include "activation.hpp"
 #include "norm.hpp"
 #include "products.hpp"
-
-namespace {
-
-enum Activation { none, gelu, gelu_tanh, relu };
-
-// GELU's tanh form: x / (1 + e^(-2 sqrt(2 / pi) (x + 0.044715 x^3))).
-Vector tanh_gelu(Vector x) { return x / (1.0f + exponential((x * x * 0.044715f + 1.0f) * x * -1.59576912f)); }
-
-Vector activate(Vector x, int kind) {
-    if (kind == gelu) return x * cumulative(x);
-    if (kind == gelu_tanh) return tanh_gelu(x);
-    if (kind == relu) return larger(Vector{}, x);  // in this order NaN stays
-    return x;
-}
-
-}  // namespace
 
 extern "C" {
 

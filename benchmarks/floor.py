@@ -85,7 +85,7 @@ def _native(M: int, N: int, K: int, dtype: str) -> Callable[[int], Any]:
     x, bias, y = torch.randn(M, K), torch.randn(N), torch.empty(M, N)
     packed = [pack_weight(torch.randn(N, K)) for _ in range(2)]
     none = Count(0)
-    return lambda i: call("vat_step_linear", x, K, M, K, packed[i], bias, N, none, None, 0, y, N)
+    return lambda i: call("vat_step_linear", *(x, K, M, K, -1.0, None, None, 1, bias, N, none, None, 0, y, N, packed[i], None))
 
 
 def _int8(M: int, N: int, K: int, dtype: str) -> Callable[[int], Any]:

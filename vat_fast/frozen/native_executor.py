@@ -101,22 +101,26 @@ class NativeExecutor(TorchExecutor):
         activation = Count(_ACTIVATIONS[step.options.get("activation")])
         scale = self.weights[step.weights["scale"]] if "scale" in step.weights else None
         residual = x.get("residual")
+        eps = float(step.option("norm", -1.0))
+        film = self.weights[step.weights["table"]] if "table" in step.weights else None
+        tokens = x["x"].shape[1]
         products: list[Callable[[], None]] = []
+        first = 0  # of the samples whose rows make the next matrix
         for x_MK, y_MN, *added in matrices(x["x"], y, *([] if residual is None or scale is not None else [residual])):
+            (M, K), N = x_MK.shape, y_MN.shape[1]
+            ids = None if film is None else Integers(x["task_id"][first:])
+            first += M // tokens
             r, r_row = (added[0], added[0].stride(0)) if added else (None, 0)
-            rows_of_x = x_MK, x_MK.stride(0), *x_MK.shape
-            behind = bias, y_MN.shape[1], activation, r, r_row, y_MN, y_MN.stride(0)
+            inputs = x_MK, x_MK.stride(0), M, K, eps, film, ids, tokens
+            outputs = bias, N, activation, r, r_row, y_MN, y_MN.stride(0)
             if isinstance(packed, Tensor):
-                products.append(_Call("vat_step_linear", *rows_of_x, packed, *behind))
-                continue
-            M, K = x_MK.shape
-            w, room = packed, self._scratch("numbers", M, words(K, packed.bits), dtype=torch.int32)
-            weight = Integers(w.numbers), w.scale, w.sums
-            product = _Call(
-                "vat_integer_linear",
-                *(Count(w.bits), *rows_of_x, w.even, *weight, *behind, Integers(room), self._scratch("rows", M, 2)),
-            )
-            products.append(product)
+                normalised = self._scratch("normed", M, K) if eps >= 0 else None
+                products.append(_Call("vat_step_linear", *inputs, *outputs, packed, normalised))
+            else:
+                weight = Count(packed.bits), packed.even, Integers(packed.numbers), packed.scale, packed.sums
+                room = self._scratch("numbers", M, words(K, packed.bits), dtype=torch.int32)
+                rounded = Integers(room), self._scratch("rows", M, 2)
+                products.append(_Call("vat_integer_linear", *inputs, *outputs, *weight, *rounded))
 
         def run() -> None:
             for product in products:

@@ -185,6 +185,10 @@ class TorchExecutor:
         h, weight, bias = x["x"], w["weight"], w["bias"]
         if "norm" in step.options:
             normed = self._scratch("normed", *h.shape)
+            if "table" in w:
+                modulated = self._scratch("modulated", *h.shape)
+                self._modulate(h, w["table"], x["task_id"], modulated)
+                h = modulated
             self._normalise(h, step.options["norm"], normed)
             h = normed
         if "rows" in step.options:

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from vat_fast.frozen.passes.constants import film_table, first_layer_constants
 from vat_fast.frozen.passes.dead import drop_dead_layer
 from vat_fast.frozen.passes.eight_bit import quantise_in_epilogues
-from vat_fast.frozen.passes.epilogues import fuse_epilogues, fuse_norms
+from vat_fast.frozen.passes.epilogues import fuse_epilogues, fuse_norms, norms_in_linears
 from vat_fast.frozen.passes.merge import merge_projections, share_steps, views_as_batch
 from vat_fast.frozen.passes.norms import fold_layer_scale, fold_norms
 from vat_fast.frozen.passes.pixels import uint8_input
@@ -51,6 +51,12 @@ PASSES: tuple[Pass, ...] = (
         fuse_norms,
         "norms and FiLM inside the linears around them, by row statistics",
         lambda target: target.executor == "triton",
+    ),
+    Pass(
+        "fuse_norms",
+        norms_in_linears,
+        "norms and FiLM inside the linears that read them",
+        lambda target: target.executor == "native",
     ),
     Pass(
         "quantise",

@@ -105,6 +105,32 @@ def fuse_norms(plan: Plan, target: Target) -> Plan:
     return plan.replace(buffers=buffers).rewritten(change)
 
 
+def norms_in_linears(plan: Plan, target: Target) -> Plan:
+    """A norm without affine part, and FiLM in front of it, runs inside the only linear that reads it."""
+    readers, change = plan.readers(), dict[str, tuple[Step, ...]]()
+    for step in plan.all_steps:
+        x, y = step.inputs.get("x"), step.outputs.get("y")
+        own_weights = set(step.weights) - {"table"}
+        if step.op != "norm" or x is None or y is None or own_weights or {"group"} & set(step.options):
+            continue
+        if "gamma_beta" in step.inputs or not whole(plan, y):
+            continue
+        after = only_reader(plan, readers, y.buffer)
+        if after is None or after.op != "linear" or after.inputs["x"] != y:
+            continue
+        # x, and with FiLM the task id and its table, in the place of what the norm has written.
+        after = change.get(after.name, (after,))[0]
+        change[after.name] = (
+            after.replace(
+                inputs={**after.inputs, **step.inputs},
+                weights={**after.weights, **step.weights},
+                options={**after.options, "norm": step.options["eps"]},
+            ),
+        )
+        change[step.name] = ()
+    return plan.rewritten(change)
+
+
 def stats_buffer(name: str, shape: tuple[int, ...], width: int) -> Buffer:
     """Means and squared deviations of rows (B, tokens, D), in parts of `width` columns."""
     return Buffer(name, (2, -(-shape[-1] // width), shape[0] * shape[1]), "fp32")

@@ -196,10 +196,9 @@ static inline void integer_tile(const int32_t* a, const int32_t* b, long m, long
     for (int i = 0; i < ROWS; ++i) {
         Vector sums[2];
         for (int j = 0; j < 2; ++j) {
-            float* kept = carried + i * TILE_COLUMNS + j * LANES;
             sums[j] = __builtin_convertvector(c[i][j], Vector);
-            if (k0) sums[j] += load(kept);
-            if (k1 < K) store(kept, sums[j]);
+            if (k0) sums[j] += load(carried + i * TILE_COLUMNS + j * LANES);
+            if (k1 < K) store(carried + i * TILE_COLUMNS + j * LANES, sums[j]);
         }
         if (k1 >= K) done(m + i, n, sums[0], sums[1]);
     }
@@ -207,31 +206,48 @@ static inline void integer_tile(const int32_t* a, const int32_t* b, long m, long
 
 template <class Format, int ROWS, class Epilogue>
 static inline void last_integer_rows(const int32_t* a, const int32_t* b, long m, long M, long n, long K, long k0,
-                                     long k1, float* carried, Epilogue& done) {
+                                     long k1, float* carried, long between, Epilogue& done) {
     if (m + ROWS <= M) {
-        integer_tile<Format, ROWS>(a, b, m, n, K, k0, k1, carried + m * TILE_COLUMNS, done);
+        integer_tile<Format, ROWS>(a, b, m, n, K, k0, k1, carried + m * between, done);
         m += ROWS;
     }
-    if constexpr (ROWS > 1) last_integer_rows<Format, ROWS / 2>(a, b, m, M, n, K, k0, k1, carried, done);
+    if constexpr (ROWS > 1) last_integer_rows<Format, ROWS / 2>(a, b, m, M, n, K, k0, k1, carried, between, done);
 }
 
-// Columns n0 .. n1 of C (M, N), n0 at the start of a panel; M is at most BLOCK_ROWS, K counts words, rows of A are dense.
-// Sums are given to `done` as floats.
+// Rows that are worked on together: all where A stays in the second cache and sums need not be carried, else a block.
+template <class Format>
+static inline long rows_together(long M, long K) {
+    if (K <= Format::DEPTH && M * K <= (1L << 16)) return M;
+    const long blocks = (M + BLOCK_ROWS - 1) / BLOCK_ROWS, each = (M + blocks - 1) / blocks;
+    return std::min<long>((each + Format::ROWS - 1) / Format::ROWS * Format::ROWS, BLOCK_ROWS);
+}
+
+// Columns n0 .. n1 of C (M, N), n0 at the start of a panel; K counts words, rows of A are dense. Before the rows of a panel
+// are done, `epilogue.begin(n)` is called, then `epilogue(m, n, low, high)` for each, with the sums as floats.
 template <class Format, class Epilogue>
-static void integer_product(const int32_t* a, const int32_t* b, long M, long n0, long n1, long K, Epilogue done) {
+static void integer_product(const int32_t* a, const int32_t* b, long M, long n0, long n1, long K, Epilogue& epilogue) {
     constexpr long GROUP = 8 * TILE_COLUMNS;
     float carried[GROUP * BLOCK_ROWS];
-    for (long group = n0; group < n1; group += GROUP) {
-        const long end = std::min(group + GROUP, n1);
-        for (long k0 = 0; k0 < K; k0 += Format::DEPTH) {
-            const long k1 = std::min<long>(k0 + Format::DEPTH, K);
-            for (long n = group; n < end; n += TILE_COLUMNS) {
-                const int32_t* panel = b + n * K;
-                float* sums = carried + (n - group) * BLOCK_ROWS;
-                long m = 0;
-                for (; m + Format::ROWS <= M; m += Format::ROWS)
-                    integer_tile<Format, Format::ROWS>(a, panel, m, n, K, k0, k1, sums + m * TILE_COLUMNS, done);
-                last_integer_rows<Format, Format::LAST>(a, panel, m, M, n, K, k0, k1, sums, done);
+    const long together = rows_together<Format>(M, K);
+    // With one part of K nothing is carried, and there is no room for all rows.
+    const long between = K <= Format::DEPTH ? 0 : TILE_COLUMNS;
+    for (long first = 0; first < M; first += together) {
+        const long rows = std::min(together, M - first);
+        auto done = [&](long m, long n, Vector low, Vector high)
+                        __attribute__((always_inline)) { epilogue(first + m, n, low, high); };
+        for (long group = n0; group < n1; group += GROUP) {
+            const long end = std::min(group + GROUP, n1);
+            for (long k0 = 0; k0 < K; k0 += Format::DEPTH) {
+                const long k1 = std::min<long>(k0 + Format::DEPTH, K);
+                for (long n = group; n < end; n += TILE_COLUMNS) {
+                    const int32_t *panel = b + n * K, *own = a + first * K;
+                    float* sums = carried + (n - group) * BLOCK_ROWS;
+                    if (k1 >= K) epilogue.begin(n);
+                    long m = 0;
+                    for (; m + Format::ROWS <= rows; m += Format::ROWS)
+                        integer_tile<Format, Format::ROWS>(own, panel, m, n, K, k0, k1, sums + m * between, done);
+                    last_integer_rows<Format, Format::LAST>(own, panel, m, rows, n, K, k0, k1, sums, between, done);
+                }
             }
         }
     }

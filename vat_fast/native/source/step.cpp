@@ -3,7 +3,7 @@
 #include <omp.h>
 
 #include "activation.hpp"
-#include "norm.hpp"
+#include "input.hpp"
 #include "products.hpp"
 
 extern "C" {
@@ -15,22 +15,31 @@ void vat_pack(const float* weight, long N, long K, float* out, int threads) {
     pack_weight(weight, K, N, true, threads, out);
 }
 
-// out (M, N) = residual + activation(x W^T + bias). Rows of x, residual and out are `..._row` apart; residual may be null,
-// and may be out.
-void vat_step_linear(const float* x, long x_row, long M, long K, const float* packed, const float* bias, long N,
-                     int activation, const float* residual, long residual_row, float* out, long out_row, int threads) {
+// out (M, N) = residual + activation(x W^T + bias), x as `Input` says. Rows of x, residual and out are `..._row` apart;
+// residual may be null, and may be out. `normalised` (M, K) is room for rows that are normalised.
+void vat_step_linear(const float* x, long x_row, long M, long K, float eps, const float* table, const int64_t* ids,
+                     long tokens, const float* bias, long N, int activation, const float* residual, long residual_row,
+                     float* out, long out_row, const float* packed, float* normalised, int threads) {
+    const Input input{x, x_row, M, K, eps, table, ids, tokens};
+    const Matrix a = input.is_plain() ? Matrix{x, x_row} : Matrix{normalised, K};
     // Each thread has its own range of columns, and so of the weight.
     const long all = panels(N), parts = std::min<long>(threads, all);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long part = 0; part < parts; ++part) {
-        const long n0 = all * part / parts * TILE_COLUMNS;
-        const long n1 = std::min(all * (part + 1) / parts * TILE_COLUMNS, N);
-        for (long first = 0; first < M; first += BLOCK_ROWS) {
-            const long rows = std::min<long>(BLOCK_ROWS, M - first);
-            const float* added = residual ? residual + first * residual_row : nullptr;
-            float* target = out + first * out_row;
-            product_range<Layout::rows>(
-                {x + first * x_row, x_row}, packed, rows, n0, n1, K, [&](long m, long n, Vector low, Vector high) {
+#pragma omp parallel num_threads(threads)
+    {
+        if (!input.is_plain()) {
+#pragma omp for schedule(static)
+            for (long m = 0; m < M; ++m) input.read(m, normalised + m * K);
+        }
+#pragma omp for schedule(static)
+        for (long part = 0; part < parts; ++part) {
+            const long n0 = all * part / parts * TILE_COLUMNS;
+            const long n1 = std::min(all * (part + 1) / parts * TILE_COLUMNS, N);
+            for (long first = 0; first < M; first += BLOCK_ROWS) {
+                const long rows = std::min<long>(BLOCK_ROWS, M - first);
+                const float* added = residual ? residual + first * residual_row : nullptr;
+                float* target = out + first * out_row;
+                product_range<Layout::rows>({a.start + first * a.stride, a.stride}, packed, rows, n0, n1, K,
+                                            [&](long m, long n, Vector low, Vector high) {
                     const Pair b = load_row(bias, n, N);
                     low = activate(low + b.low, activation), high = activate(high + b.high, activation);
                     if (added) {
@@ -39,6 +48,7 @@ void vat_step_linear(const float* x, long x_row, long M, long K, const float* pa
                     }
                     store_row(target + m * out_row, n, N, low, high);
                 });
+            }
         }
     }
 }

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-WHO = ("reference fp32", "frozen fp32", "frozen bf16", "frozen int8")
+WHO = ("reference fp32", "frozen fp32", "frozen bf16", "frozen int16", "frozen int8")
 CALIBRATION = 32
 """Samples that int8 takes its ranges from: part of its freezing."""
 

@@ -104,7 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--presets", nargs="+", choices=PRESETS, default=["vit-tiny", "vit-small", "siglip2-so400m"], metavar="PRESET"
     )
-    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16", "int8"), default=["fp32", "bf16", "int8"])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("fp32", "bf16", "int16", "int8"), default=["fp32", "bf16", "int8"]
+    )
     parser.add_argument("--repeats", type=int, default=3, help="fresh processes for each row (default 3)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result files")
     options = parser.parse_args(arguments)

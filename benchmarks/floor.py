@@ -16,10 +16,12 @@ import numpy as np
 import torch
 
 from vat_fast.frozen.costs import gemm_shape, step_cost
+from vat_fast.frozen.cpu import has_integers
 from vat_fast.frozen.native_executor import pack_weight
+from vat_fast.frozen.native_integers import BITS, pack_integers, words
 from vat_fast.frozen.plan import Plan
 from vat_fast.native import library
-from vat_fast.native.calls import Count, call
+from vat_fast.native.calls import Count, Integers, call
 from vat_fast.precision import multiplies_bfloat16
 
 SECONDS = 0.15
@@ -28,14 +30,15 @@ _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def gemm_gflops(M: int, N: int, K: int, dtype: str) -> float:
-    """Measured GFLOP/s of y (M, N) = x (M, K) W (N, K)^T + b with packed weights; dtype "fp32", "bf16" or "int8"."""
+    """Measured GFLOP/s of y (M, N) = x (M, K) W (N, K)^T + b with packed weights; dtype "fp32", "bf16", "int16" or "int8"."""
     return 2e-9 * M * N * K / min(_seconds(make(M, N, K, dtype)) for make in makers(dtype).values())
 
 
 def makers(dtype: str) -> dict[str, Callable[[int, int, int, str], Callable[[int], Any]]]:
     """Who has such products here, by name."""
-    if dtype == "int8":
-        return {"oneDNN": _int8}
+    if dtype in BITS:
+        integers = {"the native operators": _native_integers} if has_integers() else {}
+        return {"oneDNN": _int8, **integers} if dtype == "int8" else integers
     found = {"oneDNN": _onednn}
     if find_spec("openvino") is not None:
         found["OpenVINO"] = _openvino
@@ -85,7 +88,23 @@ def _native(M: int, N: int, K: int, dtype: str) -> Callable[[int], Any]:
     x, bias, y = torch.randn(M, K), torch.randn(N), torch.empty(M, N)
     packed = [pack_weight(torch.randn(N, K)) for _ in range(2)]
     none = Count(0)
-    return lambda i: call("vat_step_linear", *(x, K, M, K, -1.0, None, None, 1, bias, N, none, None, 0, y, N, packed[i], None))
+    return lambda i: call(
+        "vat_step_linear", *(x, K, M, K, -1.0, None, None, 1, bias, N, none, None, 0, y, N, packed[i], None)
+    )
+
+
+def _native_integers(M: int, N: int, K: int, dtype: str) -> Callable[[int], Any]:
+    x, bias, y = torch.randn(M, K), torch.randn(N), torch.empty(M, N)
+    packed = [pack_integers(torch.randn(N, K), BITS[dtype]) for _ in range(2)]
+    room, rows = torch.empty(M, words(K, BITS[dtype]), dtype=torch.int32), torch.empty(M, 2)
+
+    def product(i: int) -> None:
+        w = packed[i]
+        inputs, outputs = (x, K, M, K, -1.0, None, None, 1), (bias, N, Count(0), None, 0, y, N)
+        weight = Count(w.bits), w.even, Integers(w.numbers), w.scale, w.sums
+        call("vat_integer_linear", *inputs, *outputs, *weight, Integers(room), rows)
+
+    return product
 
 
 def _int8(M: int, N: int, K: int, dtype: str) -> Callable[[int], Any]:
@@ -104,11 +123,11 @@ def _int8(M: int, N: int, K: int, dtype: str) -> Callable[[int], Any]:
 def floor_ms(plan: Plan, dtype: str) -> tuple[float, dict[str, float]]:
     """(milliseconds of all products of a plan at their measured rates, GFLOP/s by shape).
 
-    Attention's products count at the best rate of any shape in the precision that they are computed in, which in an
-    int8 plan is bf16, or fp32 where the processor does not multiply bf16; norms, softmax and GELU count as nothing.
+    Attention's products count at the best rate of any shape in the precision that they are computed in, which in
+    integer plans is bf16, or fp32 where the processor does not multiply bf16; norms, softmax and GELU count as nothing.
     """
     rates: dict[str, float] = {}
-    wide = "bf16" if dtype != "fp32" and multiplies_bfloat16("cpu") else "fp32"
+    wide = "bf16" if dtype not in ("fp32", "int16") and multiplies_bfloat16("cpu") else "fp32"
     best = total = attention = 0.0
     for step in plan.all_steps:
         flops = step_cost(plan, step, "torch").flops

@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-COLOURS = {"fp32": "#4c78a8", "bf16": "#f58518", "int8": "#54a24b", "fp16": "#b279a2"}
+COLOURS = {"fp32": "#4c78a8", "bf16": "#f58518", "int16": "#e45756", "int8": "#54a24b", "fp16": "#b279a2"}
 
 
 def dtype_of(name: str) -> str:

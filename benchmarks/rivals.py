@@ -22,7 +22,7 @@ from benchmarks.variants import random_batch, randomise
 from vat_fast import VAT, ReferenceVAT, VATConfig
 
 REFERENCE = "reference eager fp32"
-MOST_ERROR = {"fp32": 1e-5, "bf16": 0.03, "int8": 0.1}
+MOST_ERROR = {"fp32": 1e-5, "bf16": 0.03, "int16": 0.01, "int8": 0.1}
 """Relative error of the actions beyond which a rival is not timed."""
 
 
@@ -70,7 +70,7 @@ def build(name: str, problem: Problem) -> Rival:
         ImportError: the package it needs is not installed.
         ArithmeticError: it computes something else than the reference.
     """
-    dtype = next((d for d in ("bf16", "int8", "fp16") if d in name), "fp32")
+    dtype = next((d for d in ("bf16", "int16", "int8", "fp16") if d in name), "fp32")
     gc.collect()
     memory, start = psutil.Process().memory_info().rss, time.perf_counter()
     with torch.inference_mode():
@@ -175,7 +175,9 @@ RIVALS: dict[str, Callable[[Problem], Callable[[], Any]]] = {
     "frozen fp32": _frozen("fp32"),
     "OpenVINO bf16": _openvino("bf16"),
     "frozen bf16": _frozen("bf16"),
+    "frozen int16": _frozen("int16"),
     "frozen int8": _frozen("int8"),
+    "frozen openvino int8": _frozen("int8", "openvino"),
     "frozen native fp32": _frozen("fp32", "native"),
     "frozen onednn fp32": _frozen("fp32", "onednn"),
     "frozen onednn bf16": _frozen("bf16", "onednn"),

@@ -33,6 +33,7 @@ from benchmarks.rivals import REFERENCE, RIVALS, Problem, build
 from vat_fast import VATConfig
 from vat_fast.cost import forward_cost
 from vat_fast.files import write_text
+from vat_fast.frozen.cpu import has_integers
 from vat_fast.frozen.engine import FrozenVAT, make_plan
 from vat_fast.frozen.gate import accept
 from vat_fast.frozen.gate_inputs import plant_massive_activations, plant_outliers, realistic_samples
@@ -55,7 +56,12 @@ PRESETS, BATCHES, VIEWS = ("vit-tiny", "vit-small", "siglip2-so400m"), (1, 4, 16
 """Of --all."""
 EMULATED = ("reference autocast bf16", "OpenVINO bf16", "frozen bf16", "frozen onednn bf16")
 """Not run by default where the processor does not multiply bf16: emulated, a step takes up to 40 times as long."""
-DTYPES: tuple[Precision, ...] = ("fp32", "bf16", "int8") if multiplies_bfloat16("cpu") else ("fp32", "int8")
+DTYPES: tuple[Precision, ...] = (
+    "fp32",
+    *(("bf16",) if multiplies_bfloat16("cpu") else ()),  # type: ignore[arg-type]
+    *(("int16",) if has_integers() else ()),  # type: ignore[arg-type]
+    "int8",
+)
 END_TO_END = "from images to actions"
 GATE_SAMPLES = 4
 
@@ -219,7 +225,7 @@ def waterfall(preset: str, rounds: int, seed: int = 0) -> dict[str, Any]:
         frozen = problem.vat.freeze(executor="torch", without=without)
         calls[name] = (lambda f: lambda: f(problem.pixels, problem.task_id))(frozen)
         rows[name] = relative(calls[name](), problem.truth)
-    for rival in ("frozen onednn fp32", "frozen fp32", "frozen bf16", "frozen int8"):
+    for rival in ("frozen onednn fp32", "frozen fp32", "frozen bf16", "frozen int16", "frozen int8"):
         try:
             made = build(rival, problem)
         except (ImportError, ValueError, ArithmeticError) as error:

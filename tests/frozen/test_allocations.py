@@ -14,8 +14,9 @@ from benchmarks.variants import random_batch, small_config
 from tests.frozen.marks import needs_onednn_bf16
 from tests.frozen.test_passes import models
 from vat_fast import VATConfig
+from vat_fast.frozen.cpu import has_integers
 from vat_fast.frozen.engine import FrozenVAT
-from vat_fast.frozen.target import Executor
+from vat_fast.frozen.target import Executor, Precision
 
 
 def allocations(call: Callable[[], Any], folder: Path) -> list[int]:
@@ -57,13 +58,17 @@ def test_the_count_sees_every_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize("images", ["float", "uint8"])
 @pytest.mark.parametrize("variant", ["VAT", "proprio", "shared weights", "last-layer baseline", "additive task"])
 @pytest.mark.parametrize("preset", ["siglip2-so400m", "dinov2-large"])
-@pytest.mark.parametrize("executor", ["torch", "native"])
-def test_a_float32_step_allocates_nothing(
-    executor: Executor, preset: str, variant: str, images: str, batch: int, tmp_path: Path
+@pytest.mark.parametrize(
+    ("executor", "dtype"), [("torch", "fp32"), ("native", "fp32"), ("native", "int16"), ("native", "int8")]
+)
+def test_a_step_in_float32_or_integers_allocates_nothing(
+    executor: Executor, dtype: Precision, preset: str, variant: str, images: str, batch: int, tmp_path: Path
 ) -> None:
     """Prefix tokens and LayerScale (dinov2), extra tokens, FiLM in the residual: all of it."""
+    if dtype != "fp32" and not has_integers():
+        pytest.skip("the native operators have no integers here")
     vat, _ = models(small_config(preset, variant))
-    frozen = vat.freeze(batch=batch, executor=executor, images=images)
+    frozen = vat.freeze(batch=batch, executor=executor, images=images, dtype=dtype)
     assert allocations(one_step(frozen, batch), tmp_path) == []
 
 

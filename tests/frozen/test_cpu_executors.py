@@ -9,10 +9,13 @@ from tests.frozen.marks import needs_onednn_bf16
 from tests.frozen.test_passes import arguments, models
 from vat_fast import VATConfig
 from vat_fast.frozen import openvino_executor
-from vat_fast.frozen.cpu import Choice, candidates, cpu_executor
+from vat_fast.frozen.cpu import Choice, candidates, cpu_executor, has_integers
 from vat_fast.frozen.int8 import ALPHAS, Range, quantise_linear, weight_levels
 
 pytest.importorskip("openvino", reason="needs the package openvino")
+
+
+needs_integers = pytest.mark.skipif(not has_integers(), reason="the native operators have no integers here")
 
 
 def calibration(config: VATConfig, seed: int = 5) -> list[dict[str, torch.Tensor]]:
@@ -48,13 +51,54 @@ def test_bf16_is_no_worse_than_the_reference_in_bf16(variant: str, executor: str
 
 
 @pytest.mark.parametrize("variant", ["VAT", "proprio", "shared weights", "last-layer baseline", "action width D/2"])
+@pytest.mark.parametrize("executor", ["openvino", pytest.param("native", marks=needs_integers)])
 @torch.inference_mode()
-def test_int8_follows_the_reference(variant: str) -> None:
+def test_int8_follows_the_reference(variant: str, executor: str) -> None:
     config = small_config("siglip2-so400m", variant)
     vat, reference = models(config)
     args = arguments(config, 4)
-    frozen = vat.freeze(batch=2, executor="openvino", dtype="int8", calibration=calibration(config))
+    frozen = vat.freeze(batch=2, executor=executor, dtype="int8", calibration=calibration(config))
     assert relative(frozen(*args), reference(*args)) < 0.06
+
+
+@needs_integers
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if "diffusion" not in name])
+@torch.inference_mode()
+def test_int16_is_nearer_to_the_reference_than_bfloat16(variant: str) -> None:
+    config = small_config("dinov2-large" if "D/2" in variant or "proprio" in variant else "siglip2-so400m", variant)
+    vat, reference = models(config)
+    args = arguments(config, 4)
+    truth = reference(*args)
+    actions = vat.freeze(batch=[1, 3], dtype="int16")(*args)
+    narrow = [x.bfloat16() if x is not None and x.is_floating_point() else x for x in args]
+    assert 0 < (actions - truth).norm() < (reference.bfloat16()(*narrow).float() - truth).norm() / 3
+
+
+@needs_integers
+@torch.inference_mode()
+def test_what_the_passes_leave_out_runs_in_integers_too() -> None:
+    config = small_config("dinov2-large", "VAT")
+    vat, reference = models(config)
+    args = arguments(config, 3)
+    for without in (["fuse_norms"], ["fold_layer_scale", "fold_norms"], ["views_as_batch", "merge_projections"]):
+        assert relative(vat.freeze(batch=3, dtype="int16", without=without)(*args), reference(*args)) < 5e-3
+
+
+@needs_integers
+def test_int8_without_samples_is_the_native_executors() -> None:
+    vat, _ = models(small_config("vit-tiny", "VAT"))
+    assert vat.freeze(dtype="int8").target.executor == "native"
+    with pytest.raises(ValueError, match="int8 needs calibration"):
+        vat.freeze(dtype="int8", executor="openvino")
+
+
+def test_int16_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    vat, _ = models(small_config("vit-tiny", "VAT"))
+    with pytest.raises(ValueError, match="the onednn executor has no int16: it is for x86 processors"):
+        vat.freeze(dtype="int16", executor="onednn")
+    monkeypatch.setattr("vat_fast.frozen.cpu.has_integers", lambda: False)
+    with pytest.raises(ValueError, match="has int16 on x86 processors with AVX2 or AVX-512BW alone"):
+        vat.freeze(dtype="int16")
 
 
 def test_smoothing_saves_what_outlier_channels_would_drown() -> None:
@@ -172,23 +216,24 @@ def test_choice_and_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [candidates(dtype) for dtype in ("fp32", "bf16", "int8", "fp16")] == [
         ["native", "onednn", "openvino"],
         ["onednn", "openvino"],
-        ["openvino"],
+        ["native", "openvino"] if has_integers() else ["openvino"],
         [],
     ]
+    assert candidates("int8", calibrated=False) == (["native"] if has_integers() else [])
     narrow = vat.config.replace(width=96, num_heads=vat.config.num_heads)
-    chosen = {dtype: cpu_executor(dtype, narrow) for dtype in ("fp32", "int8", "fp16")}
+    chosen = {dtype: cpu_executor(dtype, narrow) for dtype in ("fp32", "fp16")}
     assert chosen["fp32"] == Choice("native", "a model 96 wide is too small for a trial")
-    assert chosen["int8"] == Choice("openvino", "the only one here for int8")
     assert chosen["fp16"] == Choice("torch", "nothing else here computes in fp16")
     monkeypatch.setattr("vat_fast.native.library.why_not", lambda: "no C++ compiler was found")
     assert candidates("fp32") == ["onednn", "openvino"]
+    assert cpu_executor("int8", narrow) == Choice("openvino", "the only one here for int8")
     with pytest.raises(ValueError, match="int8 needs calibration"):
         vat.freeze(dtype="int8")
     with pytest.raises(ValueError, match="calibration has no samples"):
         vat.freeze(dtype="int8", calibration=[])
     with pytest.raises(ValueError, match="the onednn executor has no int8, only fp32, bf16"):
         vat.freeze(dtype="int8", executor="onednn")
-    with pytest.raises(ValueError, match="the native executor has no bf16, only fp32"):
+    with pytest.raises(ValueError, match="the native executor has no bf16, only fp32, int16, int8"):
         vat.freeze(dtype="bf16", executor="native")
     with pytest.raises(ValueError, match="the openvino executor has no fp16"):
         vat.freeze(dtype="fp16", executor="openvino")

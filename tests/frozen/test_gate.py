@@ -11,8 +11,10 @@ from benchmarks.variants import random_batch, small_config
 from tests.frozen.test_passes import models
 from vat_fast import VATConfig
 from vat_fast.actions import FieldStatistics, Statistics
+from vat_fast.frozen.cpu import has_integers
 from vat_fast.frozen.gate import Limits, accept
-from vat_fast.frozen.gate_inputs import plant_massive_activations
+from vat_fast.frozen.gate_inputs import plant_massive_activations, plant_outliers
+from vat_fast.frozen.target import Executor, Precision
 
 pytest.importorskip("openvino", reason="needs the package openvino")
 
@@ -35,11 +37,16 @@ def test_layers_and_actions_are_compared(variant: str, executor: str) -> None:
     assert min(report.cosines) > 0.9999
 
 
-def test_int8_is_accepted_even_with_outlier_channels() -> None:
+@pytest.mark.parametrize(("dtype", "executor"), [("int8", "openvino"), ("int8", "native"), ("int16", "native")])
+def test_integers_are_accepted_even_with_outlier_channels(dtype: Precision, executor: Executor) -> None:
+    if executor == "native" and not has_integers():
+        pytest.skip("the native operators have no integers here")
     config = small_config("siglip2-so400m", "VAT")
     vat, _ = models(config)
     plant_massive_activations(vat, 60)
-    frozen = vat.freeze(dtype="int8", calibration=samples(config, 8, 5), record_layers=True)
+    plant_outliers(vat)
+    calibration = samples(config, 8, 5) if dtype == "int8" else None
+    frozen = vat.freeze(dtype=dtype, executor=executor, calibration=calibration, record_layers=True)
     report = accept(vat, frozen, samples(config, 4, 1))
     assert report.accepted, str(report)
 
@@ -62,7 +69,9 @@ def test_ranges_from_other_images_show() -> None:
     like = samples(config, 4, 5)
     black = [{**entry, "pixels": 0 * entry["pixels"]} for entry in like]
     errors = [
-        accept(vat, vat.freeze(dtype="int8", calibration=some), samples(config, 2, 1)).relative_error
+        accept(
+            vat, vat.freeze(dtype="int8", executor="openvino", calibration=some), samples(config, 2, 1)
+        ).relative_error
         for some in (like, black)
     ]
     assert errors[1] > 1.1 * errors[0]

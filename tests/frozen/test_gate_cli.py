@@ -97,7 +97,7 @@ def test_made_observations_and_refusal(capsys: pytest.CaptureFixture[str], folde
     status, out, _ = run(capsys, tmp_path, "--dtype", "int8", "--samples", "4")
     assert status == 1
     assert "REFUSED" in out
-    assert "the actions differ by" in out
+    assert ", the limit is " in out
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if "diffusion" not in name])

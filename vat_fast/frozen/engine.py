@@ -90,8 +90,10 @@ class FrozenVAT:
             raise ValueError(f"batch sizes must be at least 1, got {batch}")
         if images not in ("float", "uint8"):
             raise ValueError(f'images must be "float" or "uint8", got {images!r}')
-        choice = Choice(executor, "as asked") if executor else default_executor(
-            self.device, dtype, self.config, calibration is not None
+        choice = (
+            Choice(executor, "as asked")
+            if executor
+            else default_executor(self.device, dtype, self.config, calibration is not None)
         )
         executor, self.executor_reason = choice.executor, choice.reason
         self.target = Target(

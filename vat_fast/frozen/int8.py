@@ -85,9 +85,7 @@ def quantise_linear(
     return QuantisedLinear(rounded, scale, low, high, smooth)
 
 
-def smoothing(
-    weight_NK: Tensor, observed: Range, alphas: Sequence[float] = ALPHAS, levels: int = 127
-) -> Tensor | None:
+def smoothing(weight_NK: Tensor, observed: Range, alphas: Sequence[float] = ALPHAS, levels: int = 127) -> Tensor | None:
     """By what to divide a linear's input so that its channels are even, (K,), or None; see `quantise_linear`."""
     largest_K = torch.maximum(observed.low.abs(), observed.high.abs()).float()
     if largest_K.max() <= _EVEN * largest_K.median():

@@ -42,9 +42,9 @@ def pack(plan: Plan, weights: dict[str, Tensor], observed: Mapping[str, Range] |
         if own is not None:
             ranges[key] = ranges[key].joined(own) if key in ranges else own
     for step in plan.all_steps:
-        if step.op == "linear" and (key := _key(step)) not in packed:
+        if step.op in ("linear", "patch_embed") and (key := _key(step)) not in packed:
             name, part = key
-            weight, bits = weights[name], BITS.get(step.option("quantised", ""))
+            weight, bits = weights[name].flatten(1), BITS.get(step.option("quantised", ""))
             weight = weight if part is None else weight[slice(*part)]
             if bits is None:
                 packed[key] = pack_weight(weight)
@@ -85,7 +85,12 @@ class NativeExecutor(TorchExecutor):
         super().__init__(plan, weights, constants, torch.device("cpu"))
 
     def _bind(self, step: Step) -> Callable[[], None]:
-        bind = {"linear": self._bind_linear, "attention": self._bind_attention, "cross_attention": self._bind_cross}
+        bind = {
+            "linear": self._bind_linear,
+            "attention": self._bind_attention,
+            "cross_attention": self._bind_cross,
+            "patch_embed": self._bind_patches,
+        }
         return bind[step.op](step) if step.op in bind else super()._bind(step)
 
     def _tensors(self, step: Step) -> tuple[dict[str, Tensor], Tensor]:
@@ -131,6 +136,31 @@ class NativeExecutor(TorchExecutor):
                     y.add_(residual)
 
         return products[0] if len(products) == 1 and scale is None else run
+
+    def _bind_patches(self, step: Step) -> Callable[[], None]:
+        """The convolution as one product for each image, onto the position embedding."""
+        x, y = self._tensors(step)
+        prefix = step.options["prefix"]
+        rows, patches = self._patches(x["pixels"], step.options["patch"])
+        table, bias, packed = (
+            self.weights[step.weights["table"]],
+            self.weights[step.weights["bias"]],
+            self._packed[_key(step)],
+        )
+        tokens = y.view(len(rows), -1, y.shape[-1])
+        products = []
+        for x_MK, y_MN in zip(rows.flatten(1, 2).flatten(2), tokens[:, prefix:], strict=True):
+            inputs = x_MK, x_MK.stride(0), *x_MK.shape, -1.0, None, None, 1
+            outputs = bias, y_MN.shape[1], Count(0), table[prefix:], table.stride(0), y_MN, y_MN.stride(0)
+            products.append(_Call("vat_step_linear", *inputs, *outputs, packed, None))
+
+        def run() -> None:
+            rows.copy_(patches)
+            tokens[:, :prefix] = table[:prefix]
+            for product in products:
+                product()
+
+        return run
 
     def _bind_attention(self, step: Step) -> Callable[[], None]:
         x, y = self._tensors(step)

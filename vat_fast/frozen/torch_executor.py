@@ -143,18 +143,24 @@ class TorchExecutor:
 
     def _patch_embed(self, step: Step, x: dict[str, Tensor], w: dict[str, Tensor], y: Tensor) -> None:
         """The convolution as one product with rows of pixels."""
-        o, pixels = step.options, x["pixels"].flatten(0, 1)
-        if pixels.dtype == torch.uint8:
-            pixels = pixels.permute(0, 3, 1, 2)
-        images, P, prefix = len(pixels), o["patch"], o["prefix"]
-        high, wide = (size // P for size in pixels.shape[2:])
-        patches = pixels[:, :, : high * P, : wide * P].unflatten(3, (wide, P)).unflatten(2, (high, P))
-        rows = self._scratch("patches", images, high, wide, 3, P, P)
-        rows.copy_(patches.permute(0, 2, 4, 1, 3, 5))
+        prefix = step.options["prefix"]
+        rows, patches = self._patches(x["pixels"], step.options["patch"])
+        rows.copy_(patches)
+        images, high, wide = rows.shape[:3]
         tokens = _as(y, (images, prefix + high * wide, y.shape[-1]))
         tokens[:, :prefix] = w["table"][:prefix]
         _multiply(rows.view(images, high * wide, -1), w["weight"].flatten(1), w["bias"], tokens[:, prefix:])
         tokens[:, prefix:].add_(w["table"][prefix:])
+
+    def _patches(self, pixels: Tensor, P: int) -> tuple[Tensor, Tensor]:
+        """(room for the patches of all images as rows, the patches): (images, high, wide, 3, P, P) both."""
+        pixels = pixels.flatten(0, 1)
+        if pixels.dtype == torch.uint8:
+            pixels = pixels.permute(0, 3, 1, 2)
+        high, wide = (size // P for size in pixels.shape[2:])
+        patches = pixels[:, :, : high * P, : wide * P].unflatten(3, (wide, P)).unflatten(2, (high, P))
+        rows = self._scratch("patches", len(pixels), high, wide, 3, P, P)
+        return rows, patches.permute(0, 2, 4, 1, 3, 5)
 
     def _norm(self, step: Step, x: dict[str, Tensor], w: dict[str, Tensor], y: Tensor) -> None:
         h = x["x"]

@@ -88,6 +88,9 @@ int vat_integers() { return VAT_INTEGERS; }
 // How much the weights that share a 16-bit sum may be together in 8 bits (add_quads); 0 if none do.
 int vat_shared_most() { return SHARES_SUMS ? SHARED_MOST : 0; }
 
+// The largest number that a row of x is rounded to.
+int vat_input_most(int bits) { return bits == 16 ? Signed16::MOST : Unsigned8::MOST; }
+
 // Numbers in a vector of floats, which the layout of packed integers follows.
 int vat_lanes() { return LANES; }
 

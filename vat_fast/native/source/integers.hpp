@@ -42,13 +42,14 @@ static inline IntVector add_pairs(IntVector c, IntVector a, IntVector b) {
 }
 
 // Whether add_quads sums 8-bit products in 16 bits. Four weights then share a sum, two neighbours in each of the two
-// quads, and must not exceed SHARED_MOST together: 255 * 128 < 2^15.
+// quads: times the largest input they must stay below 2^15. Inputs and weights share these bits evenly.
 #if VAT_INTEGERS && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
 constexpr bool SHARES_SUMS = true;
 #else
 constexpr bool SHARES_SUMS = false;
 #endif
-constexpr int SHARED_MOST = 128;
+constexpr int INPUT_MOST = SHARES_SUMS ? 181 : 255;
+constexpr int SHARED_MOST = 32767 / INPUT_MOST;
 
 // c + the sum of a_i b_i over the four 8-bit numbers in every lane, and again with d and e; a and d are unsigned.
 static inline IntVector add_quads(IntVector c, IntVector a, IntVector b, IntVector d, IntVector e) {
@@ -125,7 +126,7 @@ struct Unsigned8 {
     static constexpr long TOGETHER = 4, DEPTH = 128;
     static constexpr int ROWS = VAT_INTEGERS == 256 ? 4 : TILE_ROWS;  // four vectors of B want registers too
     static constexpr int LAST = VAT_INTEGERS == 256 ? 2 : LAST_ROWS;
-    static constexpr int MOST = 255;
+    static constexpr int MOST = INPUT_MOST;
     static constexpr bool HAS_LOW = true;
 
     static Row row(Span s) { return {s.low, (s.high - s.low) / MOST}; }

@@ -30,7 +30,7 @@ _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def gemm_gflops(M: int, N: int, K: int, dtype: str) -> float:
-    """Measured GFLOP/s of y (M, N) = x (M, K) W (N, K)^T + b with packed weights; dtype "fp32", "bf16", "int16" or "int8"."""
+    """Measured GFLOP/s of y (M, N) = x (M, K) W (N, K)^T + b with packed weights; `dtype` as for `freeze`."""
     return 2e-9 * M * N * K / min(_seconds(make(M, N, K, dtype)) for make in makers(dtype).values())
 
 

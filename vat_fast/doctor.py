@@ -8,6 +8,7 @@ import platform
 import torch
 
 from vat_fast import __version__
+from vat_fast.frozen.cpu import has_integers
 from vat_fast.ops import choose
 from vat_fast.precision import multiplies_bfloat16, saturates_int8
 from vat_fast.rollout.install_check import simulator_report
@@ -33,6 +34,8 @@ def _version(package: str) -> str | None:
 def _bfloat16() -> str:
     if multiplies_bfloat16("cpu"):
         return "multiplies bfloat16"
+    if has_integers():
+        return "does not multiply bfloat16: policies frozen in int16, int8 and fp32 are faster here"
     if saturates_int8():
         return "multiplies neither bfloat16 nor 8-bit integers as such: fp32 is the fastest here"
     return "does not multiply bfloat16: fp32 and int8 are faster here"

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.interleave import conditions
-from benchmarks.step import save
+from benchmarks.step import DTYPES, RESULTS, save
 from benchmarks.variants import random_batch, randomise
 from vat_fast import VAT, VATConfig
 
@@ -116,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--preset", default="vit-tiny")
     parser.add_argument("--steps", type=int, default=10_000)
-    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16", "int8"])
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), help=f"default: {' '.join(DTYPES)}")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     options = parser.parse_args(arguments)
     rows, broken = [], False
     for dtype in options.dtypes:
@@ -125,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows.append({"name": f"{options.preset}, frozen {dtype}", **asdict(found), "failures": found.failures})
         print(rows[-1], flush=True)
         broken = broken or bool(found.failures)
-    save({"kind": "soak", "conditions": conditions(0), "rows": rows}, f"soak-{options.preset}")
+    save({"kind": "soak", "conditions": conditions(0), "rows": rows}, f"soak-{options.preset}", options.out)
     return int(broken)
 
 

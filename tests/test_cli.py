@@ -78,6 +78,7 @@ WRONG = [
     (("convert", "/nowhere/at/all", "nowhere-else"), "/nowhere/at/all"),
     (("explain", "--checkpoint", "/nowhere/at/all"), "/nowhere/at/all"),
     (("explain", "--views", "9"), "num_views must be 1 to 4"),
+    (("explain", "--dtype", "int16"), "the triton executor has no int16"),
 ]
 
 

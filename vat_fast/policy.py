@@ -355,7 +355,7 @@ class Policy:
         Args:
             name_or_folder: folder, or Hub repository.
             device, dtype: where and in what precision the model runs, a torch dtype or "fp32", "bf16", "fp16", frozen
-                also "int8" and "fp8"; dtype None: as stored.
+                also "int16" (x86 CPUs), "int8" and "fp8"; dtype None: as stored.
             config: instead of the folder's policy.json.
             suite: LIBERO suite of a released folder, which has no policy.json: `PolicyConfig.released` applies.
                 Needed where the folder's statistics are not those of one suite. With the statistics of the

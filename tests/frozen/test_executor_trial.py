@@ -60,6 +60,14 @@ def test_less_memory_wins_within_the_noise() -> None:
     assert executor_trial.choose({"native": 20.0, "onednn": 10.0, "openvino": 9.9}) == "onednn"
 
 
+@pytest.mark.skipif(len(candidates("int8")) < 2, reason="nothing to choose from here")
+def test_integers_are_timed_with_samples_of_the_trials_own(cache: Path) -> None:
+    choice = cpu_executor("int8", CONFIG)
+    (path,) = cache.glob("executors-*.json")
+    assert list(json.loads(path.read_text())["ms"]) == candidates("int8")
+    assert choice.reason.startswith("2 layers took native ")
+
+
 def test_without_a_folder_to_write_to_each_process_measures(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vat_fast.native.library.cache_folder", lambda: cache / "file" / "below")
     (cache / "file").write_text("in the way")

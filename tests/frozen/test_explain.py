@@ -107,3 +107,17 @@ def test_keys_of_extra_tokens_are_computed_for_them_alone() -> None:
     assert last_rows(eight, step) is None
     launches = [explain(c, TARGET).totals["launches"] for c in (SO400M, config)]
     assert launches[1] - launches[0] < 10
+
+
+def test_integers_for_processors() -> None:
+    plain, short = (explain(SO400M, Target("native", dtype)) for dtype in ("fp32", "int16"))
+    assert short.totals["steps"] == plain.totals["steps"]
+    assert short.passes[-2]["name"] == "quantise"
+    large = {s["name"]: s["weight_bytes"] for s in plain.steps if s["name"].endswith("fc1") and "head" not in s["name"]}
+    assert large
+    for step in short.steps:
+        if step["name"] in large:
+            assert step["options"]["quantised"] == "int16"
+            assert 0.49 < step["weight_bytes"] / large[step["name"]] < 0.51
+    # Norms and FiLM are inside the linears that read them; the last one is read by the head in groups of tokens.
+    assert sum(step["op"] == "norm" for step in short.steps) <= 2

@@ -9,18 +9,23 @@ torchvision's, so both are written out here from their documentation:
   corners of the crop box.
 
 Both are separable, so a resize is two banded matrices. They are multiplied block by block: each block of output
-pixels reads a short run of input pixels, and the rest of the matrix, all zeros, is never touched.
+pixels reads a short run of input pixels, and the rest of the matrix, all zeros, is never touched. PyTorch multiplies
+them in one thread: they are small, and other threads would have to be waited for, tens of milliseconds where a
+simulator or the model keeps the cores busy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Filter = Literal["lanczos3", "bilinear"]
 Floats = NDArray[np.float32]
@@ -100,9 +105,9 @@ class _Block:
     stop: int
     first: int
     last: int
-    weights: Floats
-    """(stop - start, last - first)."""
-    weights_t: Floats
+    weights: Tensor
+    """float32 (stop - start, last - first)."""
+    weights_t: Tensor
     """The transpose, contiguous."""
 
 
@@ -112,8 +117,8 @@ def _blocks(matrix: NDArray[np.float64]) -> tuple[_Block, ...]:
         rows = matrix[start : start + _BLOCK]
         used = np.flatnonzero(rows.any(axis=0))
         first, last = int(used[0]), int(used[-1]) + 1
-        weights = np.ascontiguousarray(rows[:, first:last], dtype=np.float32)
-        blocks.append(_Block(start, start + len(rows), first, last, weights, np.ascontiguousarray(weights.T)))
+        weights = torch.from_numpy(rows[:, first:last].astype(np.float32))
+        blocks.append(_Block(start, start + len(rows), first, last, weights, weights.T.contiguous()))
     return tuple(blocks)
 
 
@@ -131,19 +136,31 @@ class Resampler:
 
     def __call__(self, image: Floats) -> Floats:
         """(..., H, W) float32 -> (..., h, w) float32."""
-        if self._rows is not None:
-            height, width = self._rows[-1].stop, image.shape[-1]
-            out = np.empty((*image.shape[:-2], height, width), np.float32)
-            for b in self._rows:
-                np.matmul(b.weights, image[..., b.first : b.last, :], out=out[..., b.start : b.stop, :])
-            image = out
-        if self._columns is not None:
-            flat = image.reshape(-1, image.shape[-1])
-            out = np.empty((len(flat), self._columns[-1].stop), np.float32)
-            for b in self._columns:
-                np.matmul(flat[:, b.first : b.last], b.weights_t, out=out[:, b.start : b.stop])
-            image = out.reshape(*image.shape[:-1], -1)
-        return image
+        x = torch.from_numpy(np.ascontiguousarray(image))
+        with torch.inference_mode(), _one_thread():
+            if self._rows is not None:
+                out = x.new_empty(*x.shape[:-2], self._rows[-1].stop, x.shape[-1])
+                for b in self._rows:
+                    out[..., b.start : b.stop, :] = b.weights @ x[..., b.first : b.last, :]
+                x = out
+            if self._columns is not None:
+                flat = x.reshape(-1, x.shape[-1])
+                out = x.new_empty(len(flat), self._columns[-1].stop)
+                for b in self._columns:
+                    torch.mm(flat[:, b.first : b.last], b.weights_t, out=out[:, b.start : b.stop])
+                x = out.view(*x.shape[:-1], -1)
+        return x.numpy()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch's operators called inside run in the calling thread alone; the switch costs a microsecond."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @lru_cache(maxsize=32)

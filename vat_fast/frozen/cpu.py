@@ -112,10 +112,10 @@ def check_precision(target: Target) -> None:
     if target.executor == "openvino" and find_spec("openvino") is None:
         raise ValueError('the openvino executor needs the package openvino: pip install openvino, or executor="onednn"')
     if target.dtype == "bf16" and target.executor != "openvino" and not multiplies_bfloat16(_CPU):
+        others = 'dtype="int16" is faster; ' if has_integers() else ""
         warnings.warn(
             f"this processor does not multiply bfloat16 itself, so the {target.executor} executor emulates it, several "
-            'times slower than dtype="fp32"; dtype="int16" is faster than either and executor="openvino" computes '
-            "bf16 weights in float32",
+            f'times slower than dtype="fp32"; {others}executor="openvino" computes bf16 weights in float32',
             stacklevel=4,
         )
 

@@ -114,7 +114,8 @@ class FrozenVAT:
         self.plans: dict[int, Plan] = plans
         self.records_layers = record_layers
         self._runners: Mapping[int, Runner]
-        wide = make_plan(self.config, 1, Target(images=self.target.images, mean=mean, std=std), without)
+        if executor in ("openvino", "native"):  # calibration observes this one
+            wide = make_plan(self.config, 1, Target(images=self.target.images, mean=mean, std=std), without)
         if executor == "openvino":
             self._runners = bind_openvino(vat, plans, self.target, wide, self._samples(calibration or ()))
         elif executor == "onednn":

@@ -88,12 +88,12 @@ def by_op(frozen: FrozenVAT, **each: int) -> int:
 
 @pytest.mark.parametrize("variant", ["VAT", "last-layer baseline"])
 def test_onednn_allocates_the_results_of_its_products(variant: str, tmp_path: Path) -> None:
-    """Two for each: what comes out, and under a kilobyte of its own notes."""
+    """Two for each: what comes out, and under a kilobyte for each thread of its own notes."""
     vat, _ = models(small_config("siglip2-so400m", variant))
     frozen = vat.freeze(executor="onednn")
     found = allocations(one_step(frozen, 1), tmp_path)
     assert len(found) == by_op(frozen, linear=2)
-    assert sum(size >= 1024 for size in found) <= by_op(frozen, linear=1)
+    assert sum(size >= 1024 * torch.get_num_threads() for size in found) <= by_op(frozen, linear=1)
 
 
 @pytest.mark.parametrize(("executor", "linear"), [("torch", 1), pytest.param("onednn", 2, marks=needs_onednn_bf16)])

@@ -8,6 +8,7 @@
 #include <cmath>
 
 #include "products.hpp"
+#include "shares.hpp"
 
 namespace {
 
@@ -69,12 +70,12 @@ void vat_attention_forward(const float* q, long q_batch, long q_row, const float
                            long out_batch, long out_row, float* log_sum, int threads) {
     const Heads queries{q, q_batch, q_row}, keys{k, kv_batch, kv_row}, values{v, kv_batch, kv_row};
     const long stride = score_stride(S);
-    // Where the heads do not share out evenly, each thread has a range of every head's queries.
-    const long parts = B * H % threads ? threads : 1;
+    // Few heads are cut into ranges of their queries, so that threads have something to share out (shares.hpp).
+    const long parts = std::max(1L, std::min((T + QUERY_ROWS - 1) / QUERY_ROWS, cuts(B * H, threads)));
 #pragma omp parallel num_threads(threads)
     {
         const Buffer keys_transposed(d * padded(S)), values_packed(S * padded(d)), scores(QUERY_ROWS * stride);
-#pragma omp for schedule(static) collapse(2)
+#pragma omp for schedule(dynamic) collapse(2)
         for (long bh = 0; bh < B * H; ++bh)
             for (long part = 0; part < parts; ++part) {
                 const long b = bh / H, h = bh % H, end = T * (part + 1) / parts;

@@ -61,19 +61,17 @@ template <class Format>
 void linear(const Input& input, const float* even, const int32_t* packed, const float* scale, const float* sums,
             const float* bias, long N, int activation, const float* residual, long residual_row, float* out,
             long out_row, int32_t* numbers, Row* rows, int threads) {
-    const long M = input.M, K = input.K, width = words<Format>(K), all = panels(N);
-    const long parts = std::min<long>(threads, all);
+    const long M = input.M, K = input.K, width = words<Format>(K);
+    const Shares shares(M, N, rows_together<Format>(M, width), threads);
 #pragma omp parallel num_threads(threads)
     {
         const Buffer room(input.is_plain() ? 1 : K);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 16)
         for (long m = 0; m < M; ++m) rows[m] = quantise_row<Format>(input.read(m, room), even, K, numbers + m * width);
-        // Each thread has its own range of columns, and so of the weight.
-#pragma omp for schedule(static)
-        for (long part = 0; part < parts; ++part) {
+#pragma omp for schedule(dynamic)
+        for (long share = 0; share < shares.count(); ++share) {
             Output<Format> output(rows, scale, sums, bias, N, activation, residual, residual_row, out, out_row);
-            integer_product<Format>(numbers, packed, M, all * part / parts * TILE_COLUMNS,
-                                    std::min(all * (part + 1) / parts * TILE_COLUMNS, N), width, output);
+            integer_product<Format>(numbers, packed, shares[share], width, output);
         }
     }
 }

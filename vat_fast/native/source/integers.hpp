@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "products.hpp"
+#include "shares.hpp"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -223,33 +224,26 @@ static inline long rows_together(long M, long K) {
     return std::min<long>((each + Format::ROWS - 1) / Format::ROWS * Format::ROWS, BLOCK_ROWS);
 }
 
-// Columns n0 .. n1 of C (M, N), n0 at the start of a panel; K counts words, rows of A are dense. Before the rows of a panel
-// are done, `epilogue.begin(n)` is called, then `epilogue(m, n, low, high)` for each, with the sums as floats.
+// One share of C (M, N); K counts words, rows of A are dense. Before the rows of a panel are done, `epilogue.begin(n)` is
+// called, then `epilogue(m, n, low, high)` for each, with the sums as floats.
 template <class Format, class Epilogue>
-static void integer_product(const int32_t* a, const int32_t* b, long M, long n0, long n1, long K, Epilogue& epilogue) {
-    constexpr long GROUP = 8 * TILE_COLUMNS;
-    float carried[GROUP * BLOCK_ROWS];
-    const long together = rows_together<Format>(M, K);
+static void integer_product(const int32_t* a, const int32_t* b, const Share& share, long K, Epilogue& epilogue) {
+    float carried[PANELS_TOGETHER * TILE_COLUMNS * BLOCK_ROWS];
     // With one part of K nothing is carried, and there is no room for all rows.
     const long between = K <= Format::DEPTH ? 0 : TILE_COLUMNS;
-    for (long first = 0; first < M; first += together) {
-        const long rows = std::min(together, M - first);
-        auto done = [&](long m, long n, Vector low, Vector high)
-                        __attribute__((always_inline)) { epilogue(first + m, n, low, high); };
-        for (long group = n0; group < n1; group += GROUP) {
-            const long end = std::min(group + GROUP, n1);
-            for (long k0 = 0; k0 < K; k0 += Format::DEPTH) {
-                const long k1 = std::min<long>(k0 + Format::DEPTH, K);
-                for (long n = group; n < end; n += TILE_COLUMNS) {
-                    const int32_t *panel = b + n * K, *own = a + first * K;
-                    float* sums = carried + (n - group) * BLOCK_ROWS;
-                    if (k1 >= K) epilogue.begin(n);
-                    long m = 0;
-                    for (; m + Format::ROWS <= rows; m += Format::ROWS)
-                        integer_tile<Format, Format::ROWS>(own, panel, m, n, K, k0, k1, sums + m * between, done);
-                    last_integer_rows<Format, Format::LAST>(own, panel, m, rows, n, K, k0, k1, sums, between, done);
-                }
-            }
+    auto done = [&](long m, long n, Vector low, Vector high)
+                    __attribute__((always_inline)) { epilogue(share.first + m, n, low, high); };
+    a += share.first * K;
+    for (long k0 = 0; k0 < K; k0 += Format::DEPTH) {
+        const long k1 = std::min<long>(k0 + Format::DEPTH, K);
+        for (long n = share.n0; n < share.n1; n += TILE_COLUMNS) {
+            const int32_t* panel = b + n * K;
+            float* sums = carried + (n - share.n0) * BLOCK_ROWS;
+            if (k1 >= K) epilogue.begin(n);
+            long m = 0;
+            for (; m + Format::ROWS <= share.rows; m += Format::ROWS)
+                integer_tile<Format, Format::ROWS>(a, panel, m, n, K, k0, k1, sums + m * between, done);
+            last_integer_rows<Format, Format::LAST>(a, panel, m, share.rows, n, K, k0, k1, sums, between, done);
         }
     }
 }

@@ -5,6 +5,7 @@
 #include "activation.hpp"
 #include "input.hpp"
 #include "products.hpp"
+#include "shares.hpp"
 
 extern "C" {
 
@@ -22,33 +23,28 @@ void vat_step_linear(const float* x, long x_row, long M, long K, float eps, cons
                      float* out, long out_row, const float* packed, float* normalised, int threads) {
     const Input input{x, x_row, M, K, eps, table, ids, tokens};
     const Matrix a = input.is_plain() ? Matrix{x, x_row} : Matrix{normalised, K};
-    // Each thread has its own range of columns, and so of the weight.
-    const long all = panels(N), parts = std::min<long>(threads, all);
+    const Shares shares(M, N, BLOCK_ROWS, threads);
 #pragma omp parallel num_threads(threads)
     {
         if (!input.is_plain()) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 16)
             for (long m = 0; m < M; ++m) input.read(m, normalised + m * K);
         }
-#pragma omp for schedule(static)
-        for (long part = 0; part < parts; ++part) {
-            const long n0 = all * part / parts * TILE_COLUMNS;
-            const long n1 = std::min(all * (part + 1) / parts * TILE_COLUMNS, N);
-            for (long first = 0; first < M; first += BLOCK_ROWS) {
-                const long rows = std::min<long>(BLOCK_ROWS, M - first);
-                const float* added = residual ? residual + first * residual_row : nullptr;
-                float* target = out + first * out_row;
-                product_range<Layout::rows>({a.start + first * a.stride, a.stride}, packed, rows, n0, n1, K,
-                                            [&](long m, long n, Vector low, Vector high) {
-                    const Pair b = load_row(bias, n, N);
-                    low = activate(low + b.low, activation), high = activate(high + b.high, activation);
-                    if (added) {
-                        const Pair r = load_row(added + m * residual_row, n, N);
-                        low += r.low, high += r.high;
-                    }
-                    store_row(target + m * out_row, n, N, low, high);
-                });
-            }
+#pragma omp for schedule(dynamic)
+        for (long share = 0; share < shares.count(); ++share) {
+            const Share s = shares[share];
+            const float* added = residual ? residual + s.first * residual_row : nullptr;
+            float* target = out + s.first * out_row;
+            product_range<Layout::rows>({a.start + s.first * a.stride, a.stride}, packed, s.rows, s.n0, s.n1, K,
+                                        [&](long m, long n, Vector low, Vector high) {
+                const Pair b = load_row(bias, n, N);
+                low = activate(low + b.low, activation), high = activate(high + b.high, activation);
+                if (added) {
+                    const Pair r = load_row(added + m * residual_row, n, N);
+                    low += r.low, high += r.high;
+                }
+                store_row(target + m * out_row, n, N, low, high);
+            });
         }
     }
 }

@@ -38,7 +38,7 @@ from vat_fast.frozen.engine import FrozenVAT, make_plan
 from vat_fast.frozen.gate import accept
 from vat_fast.frozen.gate_inputs import plant_massive_activations, plant_outliers, realistic_samples
 from vat_fast.frozen.passes import PASSES
-from vat_fast.frozen.target import Precision, Target
+from vat_fast.frozen.target import TAKES_SAMPLES, Precision, Target
 from vat_fast.precision import multiplies_bfloat16
 
 RESULTS = Path(__file__).with_name("results")
@@ -196,9 +196,8 @@ def gate_verdicts(problem: Problem, dtypes: Sequence[Precision] = DTYPES) -> dic
     verdicts = {}
     for dtype in dtypes:
         try:
-            frozen = problem.vat.freeze(
-                dtype=dtype, calibration=others if dtype == "int8" else None, record_layers=True
-            )
+            calibration = others if dtype in TAKES_SAMPLES else None
+            frozen = problem.vat.freeze(dtype=dtype, calibration=calibration, record_layers=True)
         except (ImportError, ValueError) as error:
             print(f"  gate of {dtype} left out: {error}")
             continue

@@ -39,7 +39,7 @@ def add_command(commands: Commands) -> None:
     )
     p.add_argument("--samples", type=int, default=16, help="observations to compare on (default 16)")
     p.add_argument(
-        "--calibration", type=int, default=32, help="other observations for the ranges of int8 on CPUs (default 32)"
+        "--calibration", type=int, default=32, help="other observations to calibrate integers on CPUs with (default 32)"
     )
     p.add_argument("--device", default="cpu", help="cpu (default), cuda, ...")
     p.add_argument("--executor", choices=get_args(Executor), help="who runs the plan (default: the fastest)")
@@ -53,14 +53,15 @@ def _gate(args: argparse.Namespace) -> int:
     import torch
 
     from vat_fast.frozen.gate_inputs import plant_outliers, realistic_samples
+    from vat_fast.frozen.target import TAKES_SAMPLES
     from vat_fast.policy import Policy
 
     if min(args.samples, args.calibration) < 1:
         raise ValueError(f"--samples and --calibration must be at least 1, got {args.samples} and {args.calibration}")
     policy = Policy.from_pretrained(args.checkpoint, dtype=torch.float32, suite=args.suite, frozen=False)
     reports: dict[str, GateReport] = {}
-    # Ranges of 8-bit integers on CPUs come from other observations than those compared on.
-    counts = [args.samples, args.calibration] if args.dtype == "int8" else [args.samples]
+    # Integers on CPUs are calibrated on other observations than those compared on.
+    counts = [args.samples, args.calibration] if args.dtype in TAKES_SAMPLES else [args.samples]
     if args.observations is not None:
         sets = recorded_samples(args.observations, policy, counts, args.seed)
         reports[f"recorded in {args.observations}"] = _compare(policy, sets, args)

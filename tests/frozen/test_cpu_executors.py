@@ -7,10 +7,11 @@ from benchmarks.parity import relative
 from benchmarks.variants import VARIANTS, random_batch, small_config
 from tests.frozen.marks import needs_onednn_bf16
 from tests.frozen.test_passes import arguments, models
+from tests.native.test_native_integers import linear as integer_linear
 from vat_fast import VATConfig
 from vat_fast.frozen import openvino_executor
 from vat_fast.frozen.cpu import Choice, candidates, cpu_executor, has_integers
-from vat_fast.frozen.int8 import ALPHAS, Range, quantise_linear, weight_levels
+from vat_fast.frozen.int8 import ALPHAS, Range, evening, quantise_linear, weight_levels
 
 pytest.importorskip("openvino", reason="needs the package openvino")
 
@@ -122,7 +123,31 @@ def test_smoothing_saves_what_outlier_channels_would_drown() -> None:
 def test_even_inputs_are_left_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(256, 64, generator=generator), torch.randn(48, 64, generator=generator)
-    assert quantise_linear(weight, Range(*x.aminmax(dim=0), x.square().mean(dim=0))).smooth is None
+    observed = Range(*x.aminmax(dim=0), x.square().mean(dim=0))
+    assert quantise_linear(weight, observed).smooth is None
+    weight[:, 20] *= 64  # weights may be uneven alone: folded norms
+    assert quantise_linear(weight, observed).smooth is not None
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_uneven_weights_are_evened_out_without_samples(bits: int) -> None:
+    """Both ways: what is large in x is small in W, or folding a norm made W alone uneven."""
+    if not has_integers():
+        pytest.skip("the native operators have no integers here")
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(256, 64, generator=generator), torch.randn(48, 64, generator=generator) / 8
+    assert evening(weight) is None
+    x[:, [3, 40]] *= 64
+    weight[:, [3, 40]] /= 64
+    weight[:, 20] *= 64
+    weight[:, 21] = 0.0
+    expected = x.double() @ weight.double().T
+    errors = [
+        float((integer_linear(x, weight, bits, smooth=smooth) - expected).norm() / expected.norm())
+        for smooth in (None, evening(weight))
+    ]
+    assert errors[1] < errors[0] / 3
+    assert errors[1] < {16: 5e-4, 8: 2e-2}[bits]
 
 
 def test_raw_bytes_are_normalised_inside() -> None:

@@ -37,18 +37,43 @@ def test_layers_and_actions_are_compared(variant: str, executor: str) -> None:
     assert min(report.cosines) > 0.9999
 
 
-@pytest.mark.parametrize(("dtype", "executor"), [("int8", "openvino"), ("int8", "native"), ("int16", "native")])
-def test_integers_are_accepted_even_with_outlier_channels(dtype: Precision, executor: Executor) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "executor", "calibrated"),
+    [
+        ("int8", "openvino", True),
+        ("int8", "native", True),
+        ("int8", "native", False),
+        ("int16", "native", True),
+        ("int16", "native", False),
+    ],
+)
+def test_integers_are_accepted_even_with_outlier_channels(
+    dtype: Precision, executor: Executor, calibrated: bool
+) -> None:
     if executor == "native" and not has_integers():
         pytest.skip("the native operators have no integers here")
     config = small_config("siglip2-so400m", "VAT")
     vat, _ = models(config)
     plant_massive_activations(vat, 60)
     plant_outliers(vat)
-    calibration = samples(config, 8, 5) if dtype == "int8" else None
+    calibration = samples(config, 8, 5) if calibrated else None
     frozen = vat.freeze(dtype=dtype, executor=executor, calibration=calibration, record_layers=True)
     report = accept(vat, frozen, samples(config, 4, 1))
     assert report.accepted, str(report)
+
+
+def test_samples_bring_8_bits_nearer() -> None:
+    if not has_integers():
+        pytest.skip("the native operators have no integers here")
+    config = small_config("siglip2-so400m", "VAT")
+    vat, _ = models(config)
+    plant_massive_activations(vat, 60)
+    plant_outliers(vat)
+    errors = [
+        accept(vat, vat.freeze(dtype="int8", executor="native", calibration=some), samples(config, 4, 1)).relative_error
+        for some in (None, samples(config, 8, 5))
+    ]
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_what_is_over_its_limit_is_refused() -> None:

@@ -17,7 +17,7 @@ from vat_fast.frozen.memory import reuse_buffers
 from vat_fast.frozen.passes import check_names, run_passes
 from vat_fast.frozen.plan import Plan
 from vat_fast.frozen.streams import one_stream, split_streams
-from vat_fast.frozen.target import Executor, Precision, Target
+from vat_fast.frozen.target import TAKES_SAMPLES, Executor, Precision, Target
 
 if TYPE_CHECKING:
     from vat_fast.model import VAT
@@ -58,9 +58,10 @@ class FrozenVAT:
         executor: who runs the plan; None: the fastest for the device (see `default_executor`).
         images: "float" for VAT's own signature, "uint8" for raw images (B, V, H, W, 3), with `mean` and `std`.
         without: names of passes to leave out.
-        calibration: for "int8" on CPUs: recorded samples, 32 or more over all tasks, each a mapping with `pixels`,
-            `task_id`, `proprio` as they are passed to a call. OpenVINO takes the ranges of activations from them and
-            needs them; the native executor, which rounds each token by itself, evens out input channels by them.
+        calibration: for "int8" and "int16" on CPUs: recorded samples, 32 or more over all tasks, each a mapping with
+            `pixels`, `task_id`, `proprio` as they are passed to a call. OpenVINO takes the ranges of activations from
+            them and needs them; the native executor, which rounds each token by itself, evens out input channels
+            better than by the weights alone.
         record_layers: keep the action tokens of every layer for `action_tokens`, at some cost in speed.
 
     Raises:
@@ -121,7 +122,7 @@ class FrozenVAT:
         elif executor == "onednn":
             self._runners = bind_onednn(vat, plans, self.target)
         elif executor == "native":
-            samples = self._samples(calibration) if calibration is not None and dtype == "int8" else None
+            samples = self._samples(calibration) if calibration is not None and dtype in TAKES_SAMPLES else None
             self._runners = bind_native(vat, plans, wide, samples)
         else:
             self._runners = _bind(vat, plans, self.target, self.device)

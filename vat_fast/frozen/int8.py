@@ -18,7 +18,9 @@ from vat_fast.precision import saturates_int8
 
 ALPHAS = (0.0, 0.35, 0.5, 0.65, 0.8)
 _EVEN = 4.0
-"""Where no channel's largest value exceeds the median one by more than this, nothing is tried."""
+"""Where no channel of x or W is further from the median one than by this factor, nothing is tried."""
+_FAR = 4096.0
+"""Channels further from the others than this are not followed: dead ones."""
 _WORTH_IT = 0.5
 """Dividing by s costs a pass over the input, so it must halve the mean square error."""
 
@@ -85,16 +87,37 @@ def quantise_linear(
     return QuantisedLinear(rounded, scale, low, high, smooth)
 
 
-def smoothing(weight_NK: Tensor, observed: Range, alphas: Sequence[float] = ALPHAS, levels: int = 127) -> Tensor | None:
-    """By what to divide a linear's input so that its channels are even, (K,), or None; see `quantise_linear`."""
+def smoothing(
+    weight_NK: Tensor, observed: Range, alphas: Sequence[float] = ALPHAS, levels: int = 127, input_levels: int = 255
+) -> Tensor | None:
+    """By what to divide a linear's input so that its channels are even, (K,), or None; see `quantise_linear`.
+
+    Args:
+        input_levels: between the smallest and the largest number of the input.
+    """
     largest_K = torch.maximum(observed.low.abs(), observed.high.abs()).float()
-    if largest_K.max() <= _EVEN * largest_K.median():
+    if largest_K.max() <= _EVEN * largest_K.median() and evening(weight_NK) is None:
         return None
     candidates = [_smoothing(weight_NK, largest_K, alpha) for alpha in alphas if alpha > 0]
-    errors = [_expected_error(weight_NK, observed, candidate, levels) for candidate in candidates]
-    if errors and (0 not in alphas or min(errors) < _WORTH_IT * _expected_error(weight_NK, observed, None, levels)):
+    errors = [_expected_error(weight_NK, observed, candidate, levels, input_levels) for candidate in candidates]
+    unsmoothed = _expected_error(weight_NK, observed, None, levels, input_levels)
+    if errors and (0 not in alphas or min(errors) < _WORTH_IT * unsmoothed):
         return candidates[errors.index(min(errors))]
     return None
+
+
+def evening(weight_NK: Tensor) -> Tensor | None:
+    """By what to divide a linear's input where no samples tell its channels' sizes, (K,), or None.
+
+    A channel whose weights are far from the others' is probably as far the other way: what trained models have, since
+    the products matter alike, and what folded norms leave. Half of the distance, s_k = (median / max_n |w_nk|)^(1/2),
+    makes neither worse than it was by more than that.
+    """
+    largest_K = weight_NK.abs().amax(dim=0).float()
+    distance_K = (largest_K.median() / largest_K.clamp(min=1e-12)).clamp(1 / _FAR, _FAR)
+    if max(distance_K.max(), 1 / distance_K.min()) <= _EVEN:
+        return None
+    return distance_K.sqrt()
 
 
 def _smoothed(weight: Tensor, observed: Range, smooth: Tensor | None) -> tuple[Tensor, float, float]:
@@ -110,14 +133,14 @@ def _scale(weight: Tensor, levels: int) -> Tensor:
     return torch.linalg.vector_norm(weight, torch.inf, dim=1).clamp(min=1e-12) / levels
 
 
-def _expected_error(weight_NK: Tensor, observed: Range, smooth: Tensor | None, levels: int) -> float:
+def _expected_error(weight_NK: Tensor, observed: Range, smooth: Tensor | None, levels: int, input_levels: int) -> float:
     """Mean square error of y to expect, rounding being uniform noise of variance step^2 / 12 on every input and weight.
 
     E (y' - y)_n^2 = dx^2 / 12 sum_k (W s)_nk^2 + dw_n^2 / 12 sum_k E x_k^2 / s_k^2; the sum of it over n.
     """
     weight, low, high = _smoothed(weight_NK, observed, smooth)
     square_K = observed.square.float() if smooth is None else observed.square.float() / smooth**2
-    from_inputs = ((high - low) / 255) ** 2 * torch.linalg.vector_norm(weight) ** 2
+    from_inputs = ((high - low) / input_levels) ** 2 * torch.linalg.vector_norm(weight) ** 2
     from_weights = torch.linalg.vector_norm(_scale(weight, levels)) ** 2 * square_K.sum()
     return float(from_inputs + from_weights) / 12
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vat_fast.frozen.int8 import Range, smoothing
-from vat_fast.frozen.native_integers import BITS, IntegerWeight, pack_integers, words
+from vat_fast.frozen.int8 import ALPHAS, Range, evening, smoothing
+from vat_fast.frozen.native_integers import BITS, LEVELS, IntegerWeight, pack_integers, words
 from vat_fast.frozen.plan import Plan, Step
 from vat_fast.frozen.torch_executor import TorchExecutor, matrices, view
 from vat_fast.native.calls import Count, Integers, call, native
@@ -33,7 +33,7 @@ def pack(plan: Plan, weights: dict[str, Tensor], observed: Mapping[str, Range] |
     Args:
         plan: what is run.
         weights: as `weights.materialise` gives them in float32.
-        observed: for 8 bits: each linear's inputs, by step, so that channels can be evened out.
+        observed: each linear's inputs, by step, so that integers' channels can be evened out.
     """
     packed: Packed = {}
     ranges: dict[tuple[str, tuple[int, int] | None], Range] = {}
@@ -49,7 +49,7 @@ def pack(plan: Plan, weights: dict[str, Tensor], observed: Mapping[str, Range] |
             if bits is None:
                 packed[key] = pack_weight(weight)
             else:
-                smooth = smoothing(weight, ranges[key]) if key in ranges and bits == 8 else None
+                smooth = smoothing(weight, ranges[key], ALPHAS, *LEVELS[bits]) if key in ranges else evening(weight)
                 packed[key] = pack_integers(weight, bits, smooth)
     for name in {name for name, _ in packed}:
         del weights[name]

@@ -1,9 +1,9 @@
 """Weights in 16 or 8 bits for the native executor: rounded, bounded so that no sum overflows, laid out in panels.
 
 y = x W^T with W_nk = scale_n q_nk, and each row of x rounded when it is read: to 32,767 levels around zero, or to 256
-between its smallest and its largest number (182 on processors without VNNI). Nothing is measured beforehand; channels
-of x may be evened out by calibration (`int8.smoothing`). Sums are exact: the weights that are added up together are
-bounded so that no x, however large its numbers, brings a sum out of range.
+between its smallest and its largest number (182 on processors without VNNI). Channels of x are evened out by samples
+(`int8.smoothing`), or without any by the weights (`int8.evening`). Sums are exact: the weights that are added up
+together are bounded so that no x, however large its numbers, brings a sum out of range.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from vat_fast.native.library import load
 
 BITS = {"int16": 16, "int8": 8}
+LEVELS = {16: (2500, 32767), 8: (127, 255)}
+"""Bits -> (`levels`, `input_levels`) of `int8.smoothing`; in 16 bits, what the bound on sums leaves normal weights."""
 
 _PART = 256
 """In 16 bits so many numbers of K are summed in 32 bits before they become floats."""

@@ -7,6 +7,8 @@ from typing import Literal
 
 Executor = Literal["torch", "native", "onednn", "openvino", "triton"]
 Precision = Literal["fp32", "bf16", "fp16", "int16", "int8", "fp8"]
+TAKES_SAMPLES = ("int16", "int8")
+"""On CPUs, `calibration=` makes these better."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def add_command(commands: Commands) -> None:
         "--calibration",
         type=Path,
         metavar="PATH",
-        help="observations that set the ranges of int8 on CPUs: a packed dataset or LIBERO's HDF5",
+        help="observations to calibrate integers on CPUs with: a packed dataset or LIBERO's HDF5",
     )
     p.add_argument("--device", default="cpu", help="where the policy runs (default cpu)")
     p.add_argument("--video", metavar="WHICH", help="first, failures, or TASK:STATE,... such as 0:3,2:17")

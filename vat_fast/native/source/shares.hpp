@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "simd.hpp"
+#include "products.hpp"
 
 constexpr long SHARES_PER_THREAD = 8;
 constexpr long PANELS_TOGETHER = 4;  // at most in a share
@@ -22,7 +22,7 @@ struct Share {
 class Shares {
    public:
     Shares(long M, long N, long block_rows, int threads)
-        : M_(M), N_(N), block_rows_(block_rows), panels_((N + TILE_COLUMNS - 1) / TILE_COLUMNS),
+        : M_(M), N_(N), block_rows_(block_rows), panels_(panels(N)),
           blocks_((M + block_rows - 1) / block_rows) {
         const long least = (panels_ + PANELS_TOGETHER - 1) / PANELS_TOGETHER;
         ranges_ = std::min(panels_, std::max(least, cuts(blocks_, threads)));

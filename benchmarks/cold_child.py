@@ -17,7 +17,7 @@ from typing import Any
 
 WHO = ("reference fp32", "frozen fp32", "frozen bf16", "frozen int16", "frozen int8")
 CALIBRATION = 32
-"""Samples that int8 takes its ranges from: part of its freezing."""
+"""Samples that int8 takes its ranges from, where its executor needs them: part of its freezing."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Start:
     load_s: float
     """Of the saved policy."""
     freeze_s: float
-    """Folding, packing, compiling, for int8 calibration; 0 for the reference."""
+    """Folding, packing, compiling, calibrating where that is needed; 0 for the reference."""
     first_step_s: float
     """Raw camera images to robot actions, for the first time."""
     second_step_s: float
@@ -75,9 +75,12 @@ def start_here(folder: str, who: str, born: float) -> Start:
     if who.startswith("frozen"):
         options: dict[str, Any] = {}
         if dtype == "int8":
-            from vat_fast.frozen.gate_inputs import realistic_samples
+            from vat_fast.frozen.cpu import cpu_executor
 
-            options["calibration"] = realistic_samples(vat.config, CALIBRATION)
+            if cpu_executor("int8", vat.config, calibrated=False).executor == "openvino":
+                from vat_fast.frozen.gate_inputs import realistic_samples
+
+                options["calibration"] = realistic_samples(vat.config, CALIBRATION)
         policy = Policy(vat.freeze(dtype=dtype, **options), policy.config, policy.statistics)
     del vat
     freeze_s = lap()

@@ -1,5 +1,9 @@
 """FrozenVAT from the outside."""
 
+import gc
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,6 +11,8 @@ from benchmarks.parity import relative
 from benchmarks.variants import randomise, small_config
 from tests.frozen.test_passes import arguments, models
 from vat_fast import VAT
+from vat_fast.frozen.cpu import candidates
+from vat_fast.frozen.target import Executor
 
 
 @torch.inference_mode()
@@ -42,6 +48,22 @@ def test_result_survives_the_next_call() -> None:
     kept = first.clone()
     frozen(pixels[1:], task_id[1:])
     assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("executor", ["torch", "native", "onednn", "openvino"])
+@torch.inference_mode()
+def test_training_on_does_not_reach_a_frozen_policy(executor: Executor) -> None:
+    config = small_config("siglip2-so400m", "VAT")
+    vat, reference = models(config)
+    if executor not in (*candidates("fp32"), "torch"):
+        pytest.skip(f"the {executor} executor does not run here")
+    frozen, args = vat.freeze(executor=executor), arguments(config, 1)
+    expected = reference(*args)
+    for p in vat.parameters():
+        p.mul_(1.5)
+    assert relative(frozen(*args), expected) < 1e-5
+    own = {p.untyped_storage().data_ptr() for p in vat.parameters()}
+    assert not own & {p.untyped_storage().data_ptr() for p in frozen.parameters()}
 
 
 @torch.inference_mode()
@@ -99,3 +121,21 @@ def test_low_precision_is_no_worse_than_the_reference_in_it(dtype: str) -> None:
     narrow = reference.to(kind)(pixels.to(kind), task_id).double()
     frozen = vat.freeze(batch=4, dtype=dtype, executor="torch")(pixels, task_id).double()
     assert relative(frozen, wide) < 1.5 * relative(narrow, wide)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells which files are mapped")
+@pytest.mark.parametrize("executor", ["torch", "native", "onednn", "openvino"])
+@torch.inference_mode()
+def test_the_checkpoint_does_not_stay_in_memory(executor: Executor, tmp_path: Path) -> None:
+    """A view of one bias would keep the whole file mapped."""
+    if executor not in (*candidates("fp32"), "torch"):
+        pytest.skip(f"the {executor} executor does not run here")
+    config = small_config("siglip2-so400m", "VAT")
+    models(config)[0].save_pretrained(tmp_path)
+    vat = VAT.from_pretrained(tmp_path)
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    frozen, args = vat.freeze(executor=executor), arguments(config, 1)
+    del vat
+    gc.collect()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    assert frozen(*args).isfinite().all()

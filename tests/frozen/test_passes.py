@@ -76,15 +76,15 @@ def test_each_pass_alone(variant: str, only: str) -> None:
 def test_norms_inside_linears_equal_the_reference() -> None:
     """The form for Triton, run by the plain executor."""
     from vat_fast.frozen.torch_executor import TorchExecutor
-    from vat_fast.frozen.weights import materialise
+    from vat_fast.frozen.weights import Folded
 
     config = small_config("dinov2-large", "proprio")
     vat, reference = models(config)
     pixels, task_id, proprio = arguments(config, 2)
     plan = make_plan(config, 2, Target("triton", "fp32"))
     assert sum("norm" in step.options for step in plan.steps) > 3 * config.layers
-    weights, constants = materialise(plan, vat.state_dict(), torch.float32, torch.device("cpu"))
-    executor = TorchExecutor(plan, weights, constants, torch.device("cpu"))
+    folded = Folded(plan, vat.state_dict(), torch.float32, torch.device("cpu"))
+    executor = TorchExecutor(plan, dict(folded), folded.constants(), torch.device("cpu"))
     actions = executor.run({"pixels": pixels, "task_id": task_id, "proprio": proprio})
     assert relative(actions, reference(pixels, task_id, proprio)) < 1e-5
 

@@ -1,7 +1,10 @@
 """Linears in 16 and 8 bits: exact up to the rounding of weights and inputs, and never out of range."""
 
 import ctypes
+import platform
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +24,26 @@ ACTIVATIONS: list[Callable[[Tensor], Tensor]] = [
 ]
 
 
-@pytest.fixture(params=[None, 4, 16])
-def lanes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int | None:
-    """This processor's own vectors, and the layouts of narrower and wider ones, without its instructions."""
-    if request.param is not None:
-        path = library.build(library._compiler(), library.cache_folder(), (f"-DVAT_LANES={request.param}", "-O1"))
+INSTRUCTIONS = Path(__file__).with_name("instructions.hpp")
+# Builds are kept by their flags: the file's checksum is one of them.
+WRITTEN_OUT = ("-include", str(INSTRUCTIONS), f"-DINSTRUCTIONS={zlib.crc32(INSTRUCTIONS.read_bytes())}")
+PROCESSORS: dict[str, tuple[str, ...]] = {
+    "this one": (),
+    "4 lanes": ("-DVAT_LANES=4",),
+    "16 lanes": ("-DVAT_LANES=16",),
+    "AVX-512BW": ("-DVAT_LANES=16", "-DVAT_INTEGERS=512", "-DVAT_VNNI=0", *WRITTEN_OUT),
+    "AVX512-VNNI": ("-DVAT_LANES=16", "-DVAT_INTEGERS=512", "-DVAT_VNNI=1", *WRITTEN_OUT),
+    "AVX-VNNI": ("-DVAT_LANES=8", "-DVAT_INTEGERS=256", "-DVAT_VNNI=1", *WRITTEN_OUT),
+}
+"""Flags for the layouts of narrower and wider vectors, and for the instructions of processors that this one is not."""
+
+
+@pytest.fixture(params=PROCESSORS, autouse=True)
+def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if flags := PROCESSORS[request.param]:
+        if "-include" in flags and platform.machine() != "x86_64":
+            pytest.skip("the instructions' vectors are x86's")
+        path = library.build(library._compiler(), library.cache_folder(), (*flags, "-O1"))
         other = library.prepared(ctypes.CDLL(str(path)))
         for user in (native_integers, calls):
             monkeypatch.setattr(user, "load", lambda: other)
@@ -86,7 +104,7 @@ def rounded_weight(weight: Tensor, bits: int) -> Tensor:
 
 @pytest.mark.parametrize(("M", "K", "N"), [(1, 3, 2), (7, 33, 5), (98, 577, 40), (13, 64, 129), (200, 1160, 33)])
 @pytest.mark.parametrize("bits", [16, 8])
-def test_sums_are_exact(bits: int, M: int, K: int, N: int, lanes: int | None) -> None:
+def test_sums_are_exact(bits: int, M: int, K: int, N: int) -> None:
     """Against float64 products of the rounded numbers; a number half way between two levels may go either way."""
     x, weight = 3 * randn(M, K) + 0.5, randn(N, K) / K**0.5
     expected = rounded_rows(x, bits) @ rounded_weight(weight, bits).T
@@ -98,7 +116,7 @@ def test_sums_are_exact(bits: int, M: int, K: int, N: int, lanes: int | None) ->
 
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("activation", [0, 1, 2, 3])
-def test_with_everything_around_it(bits: int, activation: int, lanes: int | None) -> None:
+def test_with_everything_around_it(bits: int, activation: int) -> None:
     M, K, N, tokens = 102, 200, 70, 34
     x, weight, bias, residual = randn(M, 2 * K)[:, :K], randn(N, K) / K**0.5, randn(N), randn(M, N, seed=1)
     table, ids = randn(5, 2 * K) / 2, torch.tensor([4, 0, 3])
@@ -112,7 +130,7 @@ def test_with_everything_around_it(bits: int, activation: int, lanes: int | None
 
 @pytest.mark.parametrize("signs", ["equal", "alternating", "random"])
 @pytest.mark.parametrize("bits", [16, 8])
-def test_the_largest_sums_stay_in_range(bits: int, signs: str, lanes: int | None) -> None:
+def test_the_largest_sums_stay_in_range(bits: int, signs: str) -> None:
     """All weights as large as they may be together, against inputs of the largest level."""
     K = 4304
     sign = {
@@ -128,21 +146,20 @@ def test_the_largest_sums_stay_in_range(bits: int, signs: str, lanes: int | None
 
 
 def test_weights_that_share_a_sum_are_bounded() -> None:
-    most = library.load().vat_shared_most()
+    most, lanes = native_integers.load().vat_shared_most(), native_integers.load().vat_lanes()
     if not most:
-        pytest.skip("this processor sums 8-bit products in 32 bits")
+        pytest.skip("such a processor sums 8-bit products in 32 bits")
     weight = randn(50, 192) * torch.rand(192) ** 4
     packed = native_integers.pack_integers(weight, 8)
-    panel = 2 * library.load().vat_lanes()
-    words = packed.numbers.view(-1, native_integers.words(192, 8), panel).transpose(1, 2).flatten(0, 1).contiguous()
+    words = packed.numbers.view(-1, native_integers.words(192, 8), 2 * lanes).transpose(1, 2).flatten(0, 1).contiguous()
     # Two words at a time, the same pair of each.
     together = words.view(torch.int8).int().abs().view(len(words), -1, 2, 2, 2).sum(dim=(2, 4))
     assert most * 0.8 < together.max() <= most
-    assert library.load().vat_input_most(8) * most < 2**15
+    assert native_integers.load().vat_input_most(8) * most < 2**15
 
 
 @pytest.mark.parametrize("bits", [16, 8])
-def test_numbers_that_are_none_stay_in_their_rows(bits: int, lanes: int | None) -> None:
+def test_numbers_that_are_none_stay_in_their_rows(bits: int) -> None:
     x, weight = randn(9, 70), randn(20, 70)
     x[2, 5], x[4, 69], x[6, 0] = torch.nan, torch.inf, -torch.inf
     found = linear(x, weight, bits)
@@ -153,7 +170,7 @@ def test_numbers_that_are_none_stay_in_their_rows(bits: int, lanes: int | None) 
 
 
 @pytest.mark.parametrize("bits", [16, 8])
-def test_rows_without_a_difference(bits: int, lanes: int | None) -> None:
+def test_rows_without_a_difference(bits: int) -> None:
     weight, bias = randn(20, 70), randn(20)
     x = torch.stack([torch.zeros(70), torch.full((70,), 2.5), torch.full((70,), -1e-38)])
     found = linear(x, weight, bits, bias)

@@ -23,7 +23,7 @@ def observe(
 
     Args:
         plan: in float32, of one sample.
-        weights, constants: float32, as `weights.materialise` gives them.
+        weights, constants: of the plan, float32, by name.
         inputs: one mapping per sample with the plan's inputs, each with a first dimension of 1.
 
     Raises:

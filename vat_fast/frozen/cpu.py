@@ -17,7 +17,7 @@ from vat_fast.frozen.calibration import observe
 from vat_fast.frozen.int8 import QuantisedLinear, quantise_weights
 from vat_fast.frozen.plan import Plan
 from vat_fast.frozen.target import Executor, Precision, Target
-from vat_fast.frozen.weights import materialise
+from vat_fast.frozen.weights import Folded
 from vat_fast.native import library
 from vat_fast.precision import computes_bfloat16_in_onednn, multiplies_bfloat16
 
@@ -134,35 +134,30 @@ def bind_openvino(
     """
     from vat_fast.frozen.openvino_executor import OpenVINOExecutor
 
-    largest, state = plans[max(plans)], vat.state_dict()
+    largest = plans[max(plans)]
     quantised: dict[str, QuantisedLinear] = {}
-    dtype = torch.bfloat16 if target.dtype == "bf16" else torch.float32
-    weights, _ = materialise(largest, state, dtype, _CPU)
+    folded = Folded(largest, vat.state_dict(), torch.bfloat16 if target.dtype == "bf16" else torch.float32, _CPU)
+    weights = dict(folded)
     if target.dtype == "int8":
-        constants = materialise(wide_plan.replace(weights={}), state, dtype, _CPU)[1]
-        quantised = quantise_weights(largest, weights, observe(wide_plan, weights, constants, calibration))
+        observed = observe(wide_plan, weights, folded.constants(wide_plan), calibration)
+        quantised = quantise_weights(largest, weights, observed)
         in_8_bits = {step.weights["weight"] for step in largest.all_steps if step.name in quantised}
         kept = {step.weights.get("weight") for step in largest.all_steps if step.name not in quantised}
         for name in in_8_bits - kept:
             del weights[name]
-    return {
-        B: OpenVINOExecutor(plan, weights, materialise(plan.replace(weights={}), state, dtype, _CPU)[1], quantised)
-        for B, plan in plans.items()
-    }
+    return {B: OpenVINOExecutor(plan, weights, folded.constants(plan), quantised) for B, plan in plans.items()}
 
 
 def bind_onednn(vat: VAT, plans: Mapping[int, Plan], target: Target) -> dict[int, Any]:
     """A oneDNN executor per plan, over one set of packed weights."""
     from vat_fast.frozen.onednn_executor import OneDNNExecutor, pack
 
-    largest, state = plans[max(plans)], vat.state_dict()
+    largest = plans[max(plans)]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[target.dtype]
-    weights, _ = materialise(largest, state, dtype, _CPU)
-    packed = pack(largest, weights, largest.batch * largest.config.num_views * largest.config.tokens_per_view)
-    return {
-        B: OneDNNExecutor(plan, weights, materialise(plan.replace(weights={}), state, dtype, _CPU)[1], packed)
-        for B, plan in plans.items()
-    }
+    folded = Folded(largest, vat.state_dict(), dtype, _CPU)
+    packed = pack(largest, folded, largest.batch * largest.config.num_views * largest.config.tokens_per_view)
+    weights = folded.but({name for name, _ in packed})
+    return {B: OneDNNExecutor(plan, weights, folded.constants(plan), packed) for B, plan in plans.items()}
 
 
 def bind_native(
@@ -178,14 +173,10 @@ def bind_native(
     """
     from vat_fast.frozen.native_executor import NativeExecutor, pack
 
-    largest, state = plans[max(plans)], vat.state_dict()
-    weights, _ = materialise(largest, state, torch.float32, _CPU)
+    folded = Folded(plans[max(plans)], vat.state_dict(), torch.float32, _CPU)
     observed = None
     if calibration is not None:
-        constants = materialise(wide_plan.replace(weights={}), state, torch.float32, _CPU)[1]
-        observed = observe(wide_plan, weights, constants, calibration)
-    packed = pack(largest, weights, observed)
-    return {
-        B: NativeExecutor(plan, weights, materialise(plan.replace(weights={}), state, torch.float32, _CPU)[1], packed)
-        for B, plan in plans.items()
-    }
+        observed = observe(wide_plan, dict(folded), folded.constants(wide_plan), calibration)
+    packed = pack(plans[max(plans)], folded, observed)
+    weights = folded.but({name for name, _ in packed})
+    return {B: NativeExecutor(plan, weights, folded.constants(plan), packed) for B, plan in plans.items()}

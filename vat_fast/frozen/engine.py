@@ -13,6 +13,7 @@ from vat_fast.config import VATConfig
 from vat_fast.frozen.build import base_plan
 from vat_fast.frozen.checker import check
 from vat_fast.frozen.cpu import Choice, bind_native, bind_onednn, bind_openvino, check_precision, cpu_executor
+from vat_fast.frozen.heap import give_back
 from vat_fast.frozen.memory import reuse_buffers
 from vat_fast.frozen.passes import check_names, run_passes
 from vat_fast.frozen.plan import Plan
@@ -126,6 +127,7 @@ class FrozenVAT:
             self._runners = bind_native(vat, plans, wide, samples)
         else:
             self._runners = _bind(vat, plans, self.target, self.device)
+        give_back()
 
     def __call__(
         self,
@@ -285,9 +287,9 @@ def schedule(plan: Plan, target: Target, without: Collection[str] = ()) -> Plan:
 def _bind(vat: VAT, plans: dict[int, Plan], target: Target, device: torch.device) -> dict[int, Runner]:
     """An executor per plan, over one set of weights."""
     from vat_fast.frozen.torch_executor import DTYPES, TorchExecutor
-    from vat_fast.frozen.weights import in_eight_bits, materialise, vectors
+    from vat_fast.frozen.weights import Folded, in_eight_bits, materialise, vectors
 
-    state, dtype, largest = vat.state_dict(), DTYPES[target.compute], plans[max(plans)]
+    largest = plans[max(plans)]
     kind: type[TorchExecutor] = TorchExecutor
     wide, eight_bit = set[str](), dict[str, torch.dtype]()
     if target.executor == "triton":
@@ -296,8 +298,6 @@ def _bind(vat: VAT, plans: dict[int, Plan], target: Target, device: torch.device
         kind, wide, eight_bit = TritonExecutor, vectors(largest), in_eight_bits(largest)
     elif target.quantised:
         raise ValueError(f"the torch executor has no {target.dtype}; use fp32, bf16 or fp16")
-    weights, _ = materialise(largest, state, dtype, device, wide, eight_bit)
-    return {
-        B: kind(plan, weights, materialise(plan.replace(weights={}), state, dtype, device)[1], device)
-        for B, plan in plans.items()
-    }
+    folded = Folded(largest, vat.state_dict(), DTYPES[target.compute], device, wide | eight_bit.keys())
+    weights = materialise(folded, eight_bit)
+    return {B: kind(plan, weights, folded.constants(plan), device) for B, plan in plans.items()}

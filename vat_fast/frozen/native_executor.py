@@ -27,12 +27,12 @@ Packed = dict[tuple[str, tuple[int, int] | None], Tensor | IntegerWeight]
 _ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
-def pack(plan: Plan, weights: dict[str, Tensor], observed: Mapping[str, Range] | None = None) -> Packed:
-    """Every linear's weight in panels; the originals leave `weights`.
+def pack(plan: Plan, weights: Mapping[str, Tensor], observed: Mapping[str, Range] | None = None) -> Packed:
+    """Every linear's weight in panels.
 
     Args:
         plan: what is run.
-        weights: as `weights.materialise` gives them in float32.
+        weights: of the plan, in float32.
         observed: each linear's inputs, by step, so that integers' channels can be evened out.
     """
     packed: Packed = {}
@@ -51,8 +51,6 @@ def pack(plan: Plan, weights: dict[str, Tensor], observed: Mapping[str, Range] |
             else:
                 smooth = smoothing(weight, ranges[key], ALPHAS, *LEVELS[bits]) if key in ranges else evening(weight)
                 packed[key] = pack_integers(weight, bits, smooth)
-    for name in {name for name, _ in packed}:
-        del weights[name]
     return packed
 
 
@@ -73,7 +71,7 @@ class NativeExecutor(TorchExecutor):
 
     Args:
         plan: any plan whose activations are float32.
-        weights: as `weights.materialise` gives them, without what is packed.
+        weights: those of the plan that are not packed.
         constants: values of the plan's constant buffers.
         packed: weights of the linears; shared by the plans of all batch sizes.
     """

@@ -27,8 +27,8 @@ _NARROWEST = 16
 """Inputs of fewer numbers (a noisy action, proprioception) stay with `addmm`; oneDNN refuses some of them."""
 
 
-def pack(plan: Plan, weights: dict[str, Tensor], rows: int) -> Packed:
-    """Every linear's weight in oneDNN's layout for `rows` rows of input; the originals leave `weights`."""
+def pack(plan: Plan, weights: Mapping[str, Tensor], rows: int) -> Packed:
+    """Every linear's weight in oneDNN's layout for `rows` rows of input."""
     packed: Packed = {}
     for step in plan.all_steps:
         if step.op == "linear" and plan.weights[step.weights["weight"]].shape[1] >= _NARROWEST:
@@ -36,8 +36,6 @@ def pack(plan: Plan, weights: dict[str, Tensor], rows: int) -> Packed:
             if (name, part) not in packed:
                 weight = weights[name] if part is None else weights[name][slice(*part)]
                 packed[name, part] = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
-    for name in {name for name, _ in packed}:
-        del weights[name]
     return packed
 
 
@@ -46,7 +44,7 @@ class OneDNNExecutor(TorchExecutor):
 
     Args:
         plan: any plan without 8-bit steps, in float32 or bfloat16.
-        weights: as `weights.materialise` gives them, without what is packed.
+        weights: those of the plan that are not packed.
         constants: values of the plan's constant buffers.
         packed: weights of the linears; shared by the plans of all batch sizes.
     """

@@ -26,7 +26,7 @@ class OpenVINOExecutor:
 
     Args:
         plan: any plan.
-        weights: as `weights.materialise` gives them, float32 or bfloat16.
+        weights: of the plan, float32 or bfloat16.
         constants: values of the plan's constant buffers.
         quantised: the 8-bit steps, by name.
     """

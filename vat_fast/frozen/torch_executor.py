@@ -65,7 +65,7 @@ class TorchExecutor:
 
     Args:
         plan: any plan without 8-bit steps.
-        weights: as `weights.materialise` gives them, in the plan's dtype, on `device`.
+        weights: of the plan, in its dtype, on `device`.
         constants: values of the plan's constant buffers.
         moving: buffers without a tensor of their own; the steps that write them bring one.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -15,43 +15,80 @@ from vat_fast.frozen.tiles import EIGHT_BIT
 SCALE = " scale"
 
 
-def materialise(
-    plan: Plan,
-    state: Mapping[str, Tensor],
-    dtype: torch.dtype,
-    device: torch.device,
-    wide: Collection[str] = (),
-    eight_bit: Mapping[str, torch.dtype] | None = None,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(weights by name, constant buffers by name) of a plan, computed in float64 and rounded once to `dtype`.
+class Folded(Mapping[str, Tensor]):
+    """The weights of a plan by name, each computed when it is asked for, so that one at a time need exist.
 
-    Weights named in `wide` are rounded to float32 instead, those in `eight_bit` to 8 bits with one scale per output
-    channel, which is the weight of that name with `SCALE` behind it.
+    Computed in float64 and rounded once, into memory of their own: what becomes of the model later changes nothing.
 
-    Raises:
-        ValueError: the plan reads a parameter that the model does not hold.
+    Args:
+        plan: whose weights.
+        state: the model's parameters by name.
+        dtype: of the weights.
+        device: where to put them.
+        wide: names of weights that are float32 instead.
     """
 
-    def compute(recipe: Recipe, dtype: torch.dtype = dtype) -> Tensor:
+    def __init__(
+        self,
+        plan: Plan,
+        state: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device,
+        wide: Collection[str] = (),
+    ) -> None:
+        self._plan, self._state, self._dtype, self._device, self._wide = plan, state, dtype, device, wide
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.computed(self._plan.weights[name].recipe, torch.float32 if name in self._wide else self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plan.weights)
+
+    def __len__(self) -> int:
+        return len(self._plan.weights)
+
+    def but(self, names: Collection[str]) -> dict[str, Tensor]:
+        """All of them except those named."""
+        return {name: self[name] for name in self if name not in names}
+
+    def constants(self, plan: Plan | None = None) -> dict[str, Tensor]:
+        """The constant buffers, by name, of this plan or of another for the same model."""
+        buffers = (plan or self._plan).buffers
+        return {
+            name: self.computed(buffer.recipe, self._dtype)
+            for name, buffer in buffers.items()
+            if buffer.recipe is not None
+        }
+
+    def computed(self, recipe: Recipe, dtype: torch.dtype) -> Tensor:
+        """A recipe's value.
+
+        Raises:
+            ValueError: it reads a parameter that the model does not hold.
+        """
         try:
-            return evaluate(recipe, state).detach().to(device, dtype).contiguous()
+            value = evaluate(recipe, self._state).detach()
         except KeyError as error:
             raise ValueError(
                 f"the plan reads {error.args[0]}, which this model does not hold because its result is never used: "
                 "leave the pass drop_dead_layer on"
             ) from error
+        # A view of a parameter would follow the model's training, and keep its file mapped.
+        return value.to(self._device, dtype, copy=recipe.op == "parameter").contiguous()
+
+
+def materialise(folded: Folded, eight_bit: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """All weights, those named in `eight_bit` in 8 bits with one scale per output channel, which is the weight of that
+    name with `SCALE` behind it."""
+    from vat_fast.kernels.eight_bit import quantize_weight
 
     weights: dict[str, Tensor] = {}
-    for name, weight in plan.weights.items():
-        if eight_bit and name in eight_bit:
-            from vat_fast.kernels.eight_bit import quantize_weight
-
-            values, scales = quantize_weight(compute(weight.recipe, torch.float32), eight_bit[name])
-            weights[name], weights[f"{name}{SCALE}"] = values, scales
+    for name, weight in folded.items():
+        if name in eight_bit:
+            weights[name], weights[f"{name}{SCALE}"] = quantize_weight(weight, eight_bit[name])
         else:
-            weights[name] = compute(weight.recipe, torch.float32 if name in wide else dtype)
-    constants = {name: compute(buffer.recipe) for name, buffer in plan.buffers.items() if buffer.recipe is not None}
-    return weights, constants
+            weights[name] = weight
+    return weights
 
 
 def vectors(plan: Plan) -> set[str]:

@@ -15,12 +15,22 @@
 #include <immintrin.h>
 #endif
 
+#ifndef VAT_INTEGERS  // the tests set these two, to run one processor's instructions on another (tests/native/instructions.hpp)
 #if VAT_LANES == 16 && defined(__AVX512BW__)
 #define VAT_INTEGERS 512
 #elif VAT_LANES == 8 && defined(__AVX2__)
 #define VAT_INTEGERS 256
 #else
 #define VAT_INTEGERS 0  // right everywhere, fast nowhere
+#endif
+#endif
+
+#ifndef VAT_VNNI
+#if (VAT_INTEGERS == 512 && defined(__AVX512VNNI__)) || (VAT_INTEGERS == 256 && defined(__AVXVNNI__))
+#define VAT_VNNI 1
+#else
+#define VAT_VNNI 0
+#endif
 #endif
 
 typedef int32_t UnalignedInts __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -29,11 +39,11 @@ static inline IntVector load_ints(const int32_t* p) { return *reinterpret_cast<c
 
 // c + a_0 b_0 + a_1 b_1 of the 16-bit numbers in every lane.
 static inline IntVector add_pairs(IntVector c, IntVector a, IntVector b) {
-#if VAT_INTEGERS == 512 && defined(__AVX512VNNI__)
+#if VAT_INTEGERS == 512 && VAT_VNNI
     return (IntVector)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
 #elif VAT_INTEGERS == 512
     return c + (IntVector)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif VAT_INTEGERS == 256 && defined(__AVXVNNI__)
+#elif VAT_INTEGERS == 256 && VAT_VNNI
     return (IntVector)_mm256_dpwssd_avx_epi32((__m256i)c, (__m256i)a, (__m256i)b);
 #elif VAT_INTEGERS == 256
     return c + (IntVector)_mm256_madd_epi16((__m256i)a, (__m256i)b);
@@ -44,23 +54,19 @@ static inline IntVector add_pairs(IntVector c, IntVector a, IntVector b) {
 
 // Whether add_quads sums 8-bit products in 16 bits. Four weights then share a sum, two neighbours in each of the two
 // quads: times the largest input they must stay below 2^15. Inputs and weights share these bits evenly.
-#if VAT_INTEGERS && !defined(__AVX512VNNI__) && !defined(__AVXVNNI__)
-constexpr bool SHARES_SUMS = true;
-#else
-constexpr bool SHARES_SUMS = false;
-#endif
+constexpr bool SHARES_SUMS = VAT_INTEGERS && !VAT_VNNI;
 constexpr int INPUT_MOST = SHARES_SUMS ? 181 : 255;
 constexpr int SHARED_MOST = 32767 / INPUT_MOST;
 
 // c + the sum of a_i b_i over the four 8-bit numbers in every lane, and again with d and e; a and d are unsigned.
 static inline IntVector add_quads(IntVector c, IntVector a, IntVector b, IntVector d, IntVector e) {
-#if VAT_INTEGERS == 512 && defined(__AVX512VNNI__)
+#if VAT_INTEGERS == 512 && VAT_VNNI
     return (IntVector)_mm512_dpbusd_epi32(_mm512_dpbusd_epi32((__m512i)c, (__m512i)a, (__m512i)b), (__m512i)d, (__m512i)e);
 #elif VAT_INTEGERS == 512
     const __m512i sums = _mm512_add_epi16(_mm512_maddubs_epi16((__m512i)a, (__m512i)b),
                                           _mm512_maddubs_epi16((__m512i)d, (__m512i)e));
     return c + (IntVector)_mm512_madd_epi16(sums, _mm512_set1_epi16(1));
-#elif VAT_INTEGERS == 256 && defined(__AVXVNNI__)
+#elif VAT_INTEGERS == 256 && VAT_VNNI
     return (IntVector)_mm256_dpbusd_avx_epi32(_mm256_dpbusd_avx_epi32((__m256i)c, (__m256i)a, (__m256i)b), (__m256i)d,
                                               (__m256i)e);
 #elif VAT_INTEGERS == 256

@@ -21,9 +21,9 @@ from torch import distributed as dist
 
 from vat_fast.checkpoint import CheckpointError as ModelError
 from vat_fast.config import ConfigError
+from vat_fast.host_memory import keep_freed_memory
 from vat_fast.train.checkpoints import CheckpointError
 from vat_fast.train.data.episode import DataError
-from vat_fast.train.host_memory import keep_freed_memory
 
 STOPPED = 75
 """Exit status of a run that was asked to stop and saved itself: "try again" (EX_TEMPFAIL)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +11,21 @@ from torch import Tensor
 from vat_fast.frozen.int8 import Range
 from vat_fast.frozen.plan import Plan, Step
 from vat_fast.frozen.torch_executor import TorchExecutor
+from vat_fast.frozen.weights import Folded
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Recorded samples, and what runs them."""
+
+    plan: Plan
+    """In float32, of one sample."""
+    samples: Iterable[Mapping[str, Tensor]]
+    """Each with the plan's inputs, with a first dimension of 1."""
+
+    def observed(self, folded: Folded) -> dict[str, Range]:
+        """See `observe`; `folded` in float32."""
+        return observe(self.plan, dict(folded), folded.constants(self.plan), self.samples)
 
 
 @torch.inference_mode()

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from vat_fast.config import VATConfig
 from vat_fast.frozen import executor_trial
-from vat_fast.frozen.calibration import observe
+from vat_fast.frozen.calibration import Calibration
 from vat_fast.frozen.int8 import QuantisedLinear, quantise_weights
 from vat_fast.frozen.plan import Plan
 from vat_fast.frozen.target import Executor, Precision, Target
@@ -121,7 +120,7 @@ def check_precision(target: Target) -> None:
 
 
 def bind_openvino(
-    vat: VAT, plans: Mapping[int, Plan], target: Target, wide_plan: Plan, calibration: Iterable[Mapping[str, Tensor]]
+    vat: VAT, plans: Mapping[int, Plan], target: Target, calibration: Calibration | None
 ) -> dict[int, Any]:
     """An OpenVINO executor per plan; each holds its own packed weights.
 
@@ -129,17 +128,16 @@ def bind_openvino(
         vat: whose weights to fold.
         plans: by batch size.
         target: what the plans are made for.
-        wide_plan: the plan of one sample in float32, for calibration (read in int8 only).
-        calibration: samples for `calibration.observe` (read in int8 only).
+        calibration: samples for the ranges of int8's activations; None in other precisions.
     """
     from vat_fast.frozen.openvino_executor import OpenVINOExecutor
 
     largest = plans[max(plans)]
     quantised: dict[str, QuantisedLinear] = {}
     folded = Folded(largest, vat.state_dict(), torch.bfloat16 if target.dtype == "bf16" else torch.float32, _CPU)
+    observed = calibration.observed(folded) if calibration is not None else None
     weights = dict(folded)
-    if target.dtype == "int8":
-        observed = observe(wide_plan, weights, folded.constants(wide_plan), calibration)
+    if observed is not None:
         quantised = quantise_weights(largest, weights, observed)
         in_8_bits = {step.weights["weight"] for step in largest.all_steps if step.name in quantised}
         kept = {step.weights.get("weight") for step in largest.all_steps if step.name not in quantised}
@@ -160,23 +158,18 @@ def bind_onednn(vat: VAT, plans: Mapping[int, Plan], target: Target) -> dict[int
     return {B: OneDNNExecutor(plan, weights, folded.constants(plan), packed) for B, plan in plans.items()}
 
 
-def bind_native(
-    vat: VAT, plans: Mapping[int, Plan], wide_plan: Plan, calibration: Iterable[Mapping[str, Tensor]] | None
-) -> dict[int, Any]:
+def bind_native(vat: VAT, plans: Mapping[int, Plan], calibration: Calibration | None) -> dict[int, Any]:
     """A native executor per plan, over one set of packed weights.
 
     Args:
         vat: whose weights to fold.
         plans: by batch size.
-        wide_plan: the plan of one sample in float32, for calibration.
-        calibration: samples for `calibration.observe`; None: channels are taken as they are.
+        calibration: samples by which channels are evened out; None: by the weights alone.
     """
     from vat_fast.frozen.native_executor import NativeExecutor, pack
 
     folded = Folded(plans[max(plans)], vat.state_dict(), torch.float32, _CPU)
-    observed = None
-    if calibration is not None:
-        observed = observe(wide_plan, dict(folded), folded.constants(wide_plan), calibration)
+    observed = calibration.observed(folded) if calibration is not None else None
     packed = pack(plans[max(plans)], folded, observed)
     weights = folded.but({name for name, _ in packed})
     return {B: NativeExecutor(plan, weights, folded.constants(plan), packed) for B, plan in plans.items()}

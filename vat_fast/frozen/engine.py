@@ -11,14 +11,15 @@ from torch import Tensor
 
 from vat_fast.config import VATConfig
 from vat_fast.frozen.build import base_plan
+from vat_fast.frozen.calibration import Calibration
 from vat_fast.frozen.checker import check
 from vat_fast.frozen.cpu import Choice, bind_native, bind_onednn, bind_openvino, check_precision, cpu_executor
-from vat_fast.frozen.heap import give_back
 from vat_fast.frozen.memory import reuse_buffers
 from vat_fast.frozen.passes import check_names, run_passes
 from vat_fast.frozen.plan import Plan
 from vat_fast.frozen.streams import one_stream, split_streams
 from vat_fast.frozen.target import TAKES_SAMPLES, Executor, Precision, Target
+from vat_fast.host_memory import freed_memory_kept
 
 if TYPE_CHECKING:
     from vat_fast.model import VAT
@@ -115,19 +116,25 @@ class FrozenVAT:
         plans = {B: make_plan(self.config, B, self.target, without, record_layers) for B in sizes}
         self.plans: dict[int, Plan] = plans
         self.records_layers = record_layers
-        self._runners: Mapping[int, Runner]
-        if executor in ("openvino", "native"):  # calibration observes this one
-            wide = make_plan(self.config, 1, Target(images=self.target.images, mean=mean, std=std), without)
-        if executor == "openvino":
-            self._runners = bind_openvino(vat, plans, self.target, wide, self._samples(calibration or ()))
-        elif executor == "onednn":
-            self._runners = bind_onednn(vat, plans, self.target)
-        elif executor == "native":
-            samples = self._samples(calibration) if calibration is not None and dtype in TAKES_SAMPLES else None
-            self._runners = bind_native(vat, plans, wide, samples)
-        else:
-            self._runners = _bind(vat, plans, self.target, self.device)
-        give_back()
+        with freed_memory_kept():
+            self._runners: Mapping[int, Runner] = self._bound(vat, without, calibration)
+
+    def _bound(
+        self, vat: VAT, without: Collection[str], calibration: Iterable[Mapping[str, Tensor]] | None
+    ) -> Mapping[int, Runner]:
+        """An executor for each plan."""
+        plans, target = self.plans, self.target
+        samples: Calibration | None = None
+        if calibration is not None and target.dtype in TAKES_SAMPLES and target.executor in ("openvino", "native"):
+            wide = Target(images=target.images, mean=target.mean, std=target.std)
+            samples = Calibration(make_plan(self.config, 1, wide, without), self._samples(calibration))
+        if target.executor == "openvino":
+            return bind_openvino(vat, plans, target, samples)
+        if target.executor == "onednn":
+            return bind_onednn(vat, plans, target)
+        if target.executor == "native":
+            return bind_native(vat, plans, samples)
+        return _bind(vat, plans, target, self.device)
 
     def __call__(
         self,

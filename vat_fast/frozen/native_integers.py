@@ -75,7 +75,9 @@ def _round(weight_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         weights_together = _PART
     elif most := load().vat_shared_most():
         # Two quads of K, two pairs in each: a pair of both is summed in 16 bits.
-        together = magnitude.unflatten(1, (-1, 2, 2, 2)).sum(dim=(2, 4)).flatten(1)
+        quads = magnitude.unflatten(1, (-1, 2, 2, 2))
+        pairs = quads[:, :, 0] + quads[:, :, 1]
+        together = (pairs[..., 0] + pairs[..., 1]).flatten(1)
         weights_together = 4
     else:
         return _rounded(weight_NK, scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from vat_fast.frozen import recipes
@@ -61,8 +62,9 @@ def merge_projections(plan: Plan, target: Target) -> Plan:
     so, and saves a launch.
     """
     groups: dict[tuple[object, ...], list[Step]] = {}
+    readers = plan.readers()
     for step in plan.all_steps:
-        if step.op == "linear" and _mergeable(plan, step):
+        if step.op == "linear" and _mergeable(plan, step, readers):
             tokens = None if target.executor == "triton" else step.inputs["x"].tokens
             groups.setdefault((step.inputs["x"].buffer, tokens, step.stream), []).append(step)
     change: dict[str, tuple[Step, ...]] = {}
@@ -116,15 +118,14 @@ def _last(plan: Plan, steps: list[Step]) -> dict[str, tuple[int, int]]:
     return {"last": (tokens - few.pop(), sum(plan.shape(step.outputs["y"])[-1] for step in all_rows))}
 
 
-def _mergeable(plan: Plan, step: Step) -> bool:
-    readers = plan.readers().get(step.outputs["y"].buffer, [])
+def _mergeable(plan: Plan, step: Step, readers: Mapping[str, list[Step]]) -> bool:
     plain = not any(role in step.inputs for role in ("residual", "task_id")) and "activation" not in step.options
     return (
         plain
         and whole(plan, step.outputs["y"])
         and plan.buffers[step.outputs["y"].buffer].role == "activation"
         # Attention reads columns of a wider buffer; everything else reads whole buffers.
-        and all(reader.op in ("attention", "cross_attention") for reader in readers)
+        and all(reader.op in ("attention", "cross_attention") for reader in readers.get(step.outputs["y"].buffer, []))
     )
 
 

@@ -66,8 +66,9 @@ def start_here(folder: str, who: str, born: float) -> Start:
     vat: Any = policy.vat
     if who.startswith("reference"):
         from vat_fast.reference import ReferenceVAT
+        from vat_fast.without_values import without_values
 
-        with torch.device("meta"):
+        with without_values():
             reference = ReferenceVAT(vat.config).eval()
         reference.load_state_dict(vat.state_dict(), assign=True)
         policy.vat = reference  # the same signature

@@ -23,6 +23,7 @@ from vat_fast.kernels.static_model import DEVICES
 from vat_fast.model import VAT
 from vat_fast.train.adapters import LoRAOptions, add_lora
 from vat_fast.train.config import Offload, Precision
+from vat_fast.without_values import without_values
 
 Kind = Literal["gpu", "cpu"]
 
@@ -149,7 +150,7 @@ def estimate(config: VATConfig, plan: TrainingPlan) -> Estimate:
     Raises:
         ConfigError: adapters where there can be none.
     """
-    with torch.device("meta"):
+    with without_values():
         vat = _build(config, plan)
     total = sum(p.numel() for p in vat.parameters())
     trained = sum(p.numel() for p in vat.parameters() if p.requires_grad)
@@ -263,7 +264,7 @@ def _saved_bytes(config: VATConfig, plan: TrainingPlan) -> int:
     """Bytes of all storages, parameters left out, that autograd holds after the forward of one micro batch."""
     # float16 has bfloat16's size, and attention keeps no maps for it, as on a GPU.
     half = torch.bfloat16 if plan.kind == "cpu" else torch.float16
-    with torch.device("meta"):
+    with without_values():
         vat = _build(config, plan)
         if plan.precision == "bf16":
             vat = vat.to(half)

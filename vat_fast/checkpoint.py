@@ -20,6 +20,7 @@ from vat_fast.config import VATConfig
 from vat_fast.files import make_readable, write_text
 from vat_fast.hub import local_folder
 from vat_fast.model import VAT
+from vat_fast.without_values import without_values
 
 CONFIG_FILE = "config.json"
 MODEL_FILE = "model.safetensors"
@@ -76,7 +77,7 @@ def build(config: VATConfig, tensors: Mapping[str, Tensor], source: Path) -> VAT
     Raises:
         CheckpointError: names or shapes are not the configuration's; `source` is named in the message.
     """
-    with torch.device("meta"):
+    with without_values():
         vat = VAT(config)
     check_layout({name: tuple(p.shape) for name, p in vat.state_dict().items()}, tensors, source)
     vat.load_state_dict(dict(tensors), strict=True, assign=True)

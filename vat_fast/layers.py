@@ -182,13 +182,18 @@ class ActionBlock(nn.Module):
         return ops.action_mlp(a_BND, w.mlp, c.norm_eps, w.ls2, gelu), attention
 
 
+def normal_parameter(*shape: int, std: float) -> nn.Parameter:
+    """Normally distributed around zero."""
+    return nn.Parameter(nn.init.normal_(torch.empty(shape), std=std))
+
+
 class ActionPosition(nn.Module):
     """Factored position of action token (c, k): step[c] + dim[k]."""
 
     def __init__(self, chunk_size: int, tokens_per_step: int, width: int) -> None:
         super().__init__()
-        self.step = nn.Parameter(torch.randn(chunk_size, width) * (5 * width**-0.5))
-        self.dim = nn.Parameter(torch.randn(tokens_per_step, width) * (0.5 * width**-0.5))
+        self.step = normal_parameter(chunk_size, width, std=5 * width**-0.5)
+        self.dim = normal_parameter(tokens_per_step, width, std=0.5 * width**-0.5)
 
     def forward(self) -> Tensor:
         """(1, T, D), token t = c * tokens_per_step + k."""

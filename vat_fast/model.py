@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vat_fast.config import VATConfig
 from vat_fast.heads import DDIM, MLPHead, timestep_embedding
-from vat_fast.layers import ActionBlock, ActionPosition, Projector, VisionBlock, parameters_of
+from vat_fast.layers import ActionBlock, ActionPosition, Projector, VisionBlock, normal_parameter, parameters_of
 from vat_fast.ops import Backend, TorchOps, choose
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ class VAT(nn.Module):
         (activation checkpointing)."""
 
         self.patch_embed = nn.Conv2d(3, D, c.patch_size, stride=c.patch_size)
-        self.pos_embed = nn.Parameter(torch.randn(1, c.num_patches, D) * 0.02)
-        self.class_token = nn.Parameter(torch.randn(1, 1, D) * 0.02) if c.class_token else None
-        self.register_tokens = nn.Parameter(torch.randn(1, c.num_registers, D) * 0.02) if c.num_registers else None
+        self.pos_embed = normal_parameter(1, c.num_patches, D, std=0.02)
+        self.class_token = normal_parameter(1, 1, D, std=0.02) if c.class_token else None
+        self.register_tokens = normal_parameter(1, c.num_registers, D, std=0.02) if c.num_registers else None
         # The last vision block of a separate stream is only read through its norm: the rest would be dead.
         last_read_only = c.vision_layers - 1 if c.action_stream == "separate" else None
         self.vision_blocks = nn.ModuleList(

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import prod
 
-import torch
-
 from vat_fast.config import VATConfig
 from vat_fast.model import VAT
 from vat_fast.released_layout import layout
+from vat_fast.without_values import without_values
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def parameter_table(config: VATConfig) -> list[ParameterRow]:
         for key, shape in keys.items():
             released[_released_group(role, key)] += prod(shape)
     model, frozen = dict.fromkeys(_GROUPS, 0), dict.fromkeys(_GROUPS, 0)
-    with torch.device("meta"):
+    with without_values():
         vat = VAT(config)
     for name, p in vat.named_parameters():
         group = _model_group(name)

@@ -93,8 +93,8 @@ class ReferencePosition(nn.Module):
 
     def __init__(self, steps: int, per_step: int, D: int) -> None:
         super().__init__()
-        self.step = nn.Parameter(torch.randn(steps, D) * 5 / math.sqrt(D))
-        self.dim = nn.Parameter(torch.randn(per_step, D) * 0.5 / math.sqrt(D))
+        self.step = nn.Parameter(nn.init.normal_(torch.empty(steps, D), std=5 / math.sqrt(D)))
+        self.dim = nn.Parameter(nn.init.normal_(torch.empty(per_step, D), std=0.5 / math.sqrt(D)))
 
 
 class ReferenceProjector(nn.Module):
@@ -161,7 +161,7 @@ class ReferenceVAT(nn.Module):
         self.T = c.chunk_size * self.K
         patches = (c.image_size // c.patch_size) ** 2
         self.patch_embed = nn.Conv2d(3, D, kernel_size=c.patch_size, stride=c.patch_size)
-        self.pos_embed = nn.Parameter(torch.randn(1, patches, D) * 0.02)
+        self.pos_embed = nn.Parameter(nn.init.normal_(torch.empty(1, patches, D), std=0.02))
         self.class_token = nn.Parameter(torch.zeros(1, 1, D)) if c.class_token else None
         self.register_tokens = nn.Parameter(torch.zeros(1, c.num_registers, D)) if c.num_registers else None
         vision_blocks = []

@@ -25,6 +25,7 @@ from vat_fast.checkpoint import CheckpointError, build, check_layout, replacing
 from vat_fast.config import PRESETS, TaskConditioning, VATConfig
 from vat_fast.model import VAT
 from vat_fast.released_layout import layout, released_name
+from vat_fast.without_values import without_values
 
 ROLES = ("vision_backbone", "vit", "vat", "action_head", "proprio_projector", "noisy_action_projector")
 """What a file of a released folder is called before its step."""
@@ -120,7 +121,7 @@ def load(
             raise CheckpointError(f"{path} does not belong to this model, whose files are {', '.join(expected)}")
         check_layout(expected[role], tensors[role], path)
 
-    with torch.device("meta"):
+    with without_values():
         names = {name: released_name(name, config) for name in VAT(config).state_dict()}
     used = {name: tensors[role].pop(key) for name, (role, key) in names.items()}
     unused = {f"{role}/{key}": t for role, rest in tensors.items() for key, t in rest.items()}

@@ -137,3 +137,19 @@ def test_dead_layer_left_in_is_refused_when_run() -> None:
 def test_unknown_pass_is_named() -> None:
     with pytest.raises(ValueError, match=r"no pass is named 'fold_norm' .did you mean 'fold_norms'"):
         VAT(small_config("vit-tiny", "VAT")).freeze(without=["fold_norm"])
+
+
+def test_weights_are_rounded_once() -> None:
+    """Folded in float32 where that is the same: the bits of float64 and then float32."""
+    from vat_fast.frozen.recipes import evaluate, rounds_once
+    from vat_fast.frozen.weights import Folded
+
+    config = small_config("dinov2-large", "proprio")  # with LayerScale
+    state = models(config)[0].state_dict()
+    plan = make_plan(config, 1, Target("native", "fp32"))
+    narrow = 0
+    for name, weight in Folded(plan, state, torch.float32, torch.device("cpu")).items():
+        recipe = plan.weights[name].recipe
+        assert torch.equal(weight, evaluate(recipe, state).float())
+        narrow += rounds_once(recipe) and recipe.op != "parameter"
+    assert narrow > 3 * config.layers

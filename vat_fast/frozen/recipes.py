@@ -1,7 +1,8 @@
 """How frozen weights follow from a model's parameters: exact algebra, written down first and computed later.
 
 A recipe is an expression over parameter names. Passes compose recipes without touching a weight, so a plan can be made,
-printed and checked for a model that was never loaded; `evaluate` computes one when the policy is frozen, in float64.
+printed and checked for a model that was never loaded; `evaluate` computes one when the policy is frozen, in float64, or
+in float32 where that is the same.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def parameter(name: str) -> Recipe:
     return Recipe("parameter", (name,))
 
 
-def evaluate(recipe: Recipe, state: Mapping[str, Tensor]) -> Tensor:
-    """The value, float64, or as the parameter is where the recipe is nothing but a parameter.
+def evaluate(recipe: Recipe, state: Mapping[str, Tensor], dtype: torch.dtype = torch.float64) -> Tensor:
+    """The value, computed in `dtype`, or as the parameter is where the recipe is nothing but a parameter.
 
     Raises:
         KeyError: the model holds no parameter of that name.
@@ -48,8 +49,25 @@ def evaluate(recipe: Recipe, state: Mapping[str, Tensor]) -> Tensor:
         if name not in state:
             raise KeyError(name)
         return state[name]
-    args = [evaluate(arg, state).double() if isinstance(arg, Recipe) else arg for arg in recipe.args]
+    args = [evaluate(arg, state, dtype).to(dtype) if isinstance(arg, Recipe) else arg for arg in recipe.args]
     return _OPERATIONS[recipe.op](*args)
+
+
+_MOVES, _MULTIPLIES = ("parameter", "rows", "stack"), ("norm_into_weight", "scale_rows")
+
+
+def rounds_once(recipe: Recipe) -> bool:
+    """Whether every number of the value is a parameter's, or the product of two: rounded the same in float32 as in
+    float64 and then to float32, since the product of two float32 numbers is exact in float64."""
+    return _multiplications(recipe) <= 1
+
+
+def _multiplications(recipe: Recipe) -> float:
+    """How many follow each other at most; infinite with other arithmetic."""
+    if recipe.op not in _MOVES + _MULTIPLIES:
+        return float("inf")
+    inner = (_multiplications(arg) for arg in recipe.args if isinstance(arg, Recipe))
+    return max(inner, default=0) + (recipe.op in _MULTIPLIES)
 
 
 _OPERATIONS: dict[str, Callable[..., Tensor]] = {}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vat_fast.frozen.costs import in_triton
 from vat_fast.frozen.plan import Plan
-from vat_fast.frozen.recipes import Recipe, evaluate
+from vat_fast.frozen.recipes import Recipe, evaluate, rounds_once
 from vat_fast.frozen.tiles import EIGHT_BIT
 
 SCALE = " scale"
@@ -67,7 +67,7 @@ class Folded(Mapping[str, Tensor]):
             ValueError: it reads a parameter that the model does not hold.
         """
         try:
-            value = evaluate(recipe, self._state).detach()
+            value = evaluate(recipe, self._state, self._arithmetic(recipe, dtype)).detach()
         except KeyError as error:
             raise ValueError(
                 f"the plan reads {error.args[0]}, which this model does not hold because its result is never used: "
@@ -75,6 +75,12 @@ class Folded(Mapping[str, Tensor]):
             ) from error
         # A view of a parameter would follow the model's training, and keep its file mapped.
         return value.to(self._device, dtype, copy=recipe.op == "parameter").contiguous()
+
+    def _arithmetic(self, recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
+        """float64, or float32 where that gives the same bits in half the memory."""
+        floats = (self._state[name].dtype for name in recipe.parameters() if name in self._state)
+        same = dtype == torch.float32 and rounds_once(recipe) and torch.float64 not in floats
+        return torch.float32 if same else torch.float64
 
 
 def materialise(folded: Folded, eight_bit: Mapping[str, torch.dtype]) -> dict[str, Tensor]:

@@ -165,8 +165,9 @@ def _soak(result: dict[str, Any]) -> list[str]:
 def _cold_start(results: list[dict[str, Any]]) -> list[str]:
     lines = [
         "Seconds of a fresh process from its birth to the first actions from camera images, on a saved policy with "
-        "random weights; medians, in brackets all starts. int8 takes its ranges from 32 samples in that time. **peak** "
-        "is the largest resident memory on the way, **ready** what stays. `python -m benchmarks.cold_start`.",
+        "random weights; medians, in brackets all starts. int8 takes its ranges from 32 samples in that time where its "
+        "executor needs them. **peak** is the largest resident memory on the way, pages of the mapped checkpoint "
+        "among it; **ready** is what stays. `python -m benchmarks.cold_start`.",
     ]
     for result in results:
         lines += [

@@ -24,7 +24,7 @@ MOST_BYTES = 250_000
 """Of a call: an emulated processor takes its time."""
 MOST_CALLS = 14
 """Of one function with the same switches, spread over those that there are."""
-EVERY = 3
+EVERY = 2
 
 _file = open(os.environ["RECORD"], "wb")  # noqa: SIM115 (closed with the process)
 _seen = Counter[tuple[object, ...]]()

@@ -35,7 +35,7 @@ TESTS = (
 )
 MOST_SECONDS = 1800
 MOST_DIFFERENCE = 1e-3
-"""Relative to the largest number: rows whose numbers lie half way between two levels may be rounded either way."""
+"""Relative to the largest number; that much in gradients which cancel to nothing but rounding, 1e-5 elsewhere."""
 # What Bochs 2.7 tells of saved registers contradicts itself; without these features Linux does not ask.
 BOOT = (
     "console=ttyS0 earlyprintk=serial,ttyS0,115200 rdinit=/init nokaslr noibrs nospectre_v2 nopku no5lvl noxsaves "
@@ -46,6 +46,7 @@ INIT = """#!/bin/busybox sh
 /bin/busybox mount -t devtmpfs dev /dev
 export LD_LIBRARY_PATH={libraries} PYTHONDONTWRITEBYTECODE=1
 {python} -S /replay.py /operators.so /record
+/bin/busybox sleep 5
 /bin/busybox poweroff -f
 """
 BOCHS = """cpu: model={model}, count=1, ips=100000000

@@ -74,7 +74,7 @@ class Folded(Mapping[str, Tensor]):
                 "leave the pass drop_dead_layer on"
             ) from error
         # A view of a parameter would follow the model's training, and keep its file mapped.
-        return value.to(self._device, dtype, copy=recipe.op == "parameter").contiguous()
+        return value.to(self._device, dtype, copy=recipe.op in ("parameter", "rows")).contiguous()
 
     def _arithmetic(self, recipe: Recipe, dtype: torch.dtype) -> torch.dtype:
         """float64, or float32 where that gives the same bits in half the memory."""
@@ -86,11 +86,11 @@ class Folded(Mapping[str, Tensor]):
 def materialise(folded: Folded, eight_bit: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """All weights, those named in `eight_bit` in 8 bits with one scale per output channel, which is the weight of that
     name with `SCALE` behind it."""
-    from vat_fast.kernels.eight_bit import quantize_weight
-
     weights: dict[str, Tensor] = {}
     for name, weight in folded.items():
         if name in eight_bit:
+            from vat_fast.kernels.eight_bit import quantize_weight  # needs triton, which not every machine has
+
             weights[name], weights[f"{name}{SCALE}"] = quantize_weight(weight, eight_bit[name])
         else:
             weights[name] = weight
